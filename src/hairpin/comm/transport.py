@@ -1,0 +1,142 @@
+"""Moving regions of tensors between the ranks of one mesh axis, point to point.
+
+Every transfer is a set of regions, one per peer, known on both sides without asking. Receives are
+posted before sends: Gloo serialises the two directions of a pair otherwise. A region that is
+contiguous is sent from, or received into, the tensor itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hairpin.comm.mesh import Mesh
+from hairpin.errors import CommError
+
+Wait = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One mesh axis as this rank sees it: its process group, its place, its peers."""
+
+    mesh: Mesh
+    axis: str
+
+    @property
+    def size(self) -> int:
+        """Ranks along the axis."""
+        return self.mesh.size(self.axis)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place along the axis."""
+        return self.mesh.rank(self.axis)
+
+    def peers(self) -> Sequence[int]:
+        """All other places along the axis, each rank starting on another one."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def exchange(
+        self,
+        sends: Sequence[Tensor],
+        receives: Sequence[Tensor],
+        *,
+        what: str,
+        control: bool = False,
+    ) -> Wait:
+        """Start sending ``sends[p]`` to each peer p and filling ``receives[p]`` from it.
+
+        Args:
+            sends: one tensor per place on the axis; this rank's own is ignored.
+            receives: likewise; the tensors are written, contiguous or not.
+            what: words for error messages.
+            control: count the bytes as control, not as payload.
+
+        Returns:
+            a function that waits until all has arrived and all has left.
+        """
+        landings: list[tuple[Tensor, Tensor]] = []
+        operations: list[dist.P2POp] = []
+        group = self.mesh.group(self.axis)
+        assert group is not None
+        for peer in reversed(self.peers()):
+            if receives[peer].numel():
+                buffer = receives[peer]
+                if not buffer.is_contiguous():
+                    buffer = torch.empty_like(buffer, memory_format=torch.contiguous_format)
+                    landings.append((receives[peer], buffer))
+                operations.append(
+                    dist.P2POp(dist.irecv, as_bytes(buffer), group=group, group_peer=peer)
+                )
+        for peer in self.peers():
+            if sends[peer].numel():
+                chunk = as_bytes(sends[peer].contiguous())
+                operations.append(dist.P2POp(dist.isend, chunk, group=group, group_peer=peer))
+                self._count(chunk.numel(), control=control)
+        self.mesh.traffic.collectives += not control
+        works = self._post(operations, what)
+
+        def wait() -> None:
+            self._wait(works, what)
+            for region, buffer in landings:
+                region.copy_(buffer)
+
+        return wait
+
+    def sum(self, x: Tensor, *, what: str) -> Wait:
+        """Start adding ``x`` over all ranks of the axis, in place."""
+        group = self.mesh.group(self.axis)
+        assert group is not None
+        real = torch.view_as_real(x) if x.is_complex() else x
+        self.mesh.traffic.collectives += 1
+        self.mesh.traffic.bytes_sent += (
+            2 * (self.size - 1) * x.numel() * x.element_size() // self.size
+        )
+        try:
+            work = dist.all_reduce(real, group=group, async_op=True)
+        except RuntimeError as error:
+            raise self._failure(what, error) from error
+        works = [] if work is None else [work]
+        return lambda: self._wait(works, what)
+
+    def _count(self, sent_bytes: int, *, control: bool) -> None:
+        traffic = self.mesh.traffic
+        if control:
+            traffic.control_bytes += sent_bytes
+        else:
+            traffic.bytes_sent += sent_bytes
+            traffic.messages += 1
+
+    def _post(self, operations: list[dist.P2POp], what: str) -> list[dist.Work]:
+        if not operations:
+            return []
+        try:
+            return dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise self._failure(what, error) from error
+
+    def _wait(self, works: Sequence[dist.Work], what: str) -> None:
+        deadline = timedelta(seconds=self.mesh.timeout_s)
+        try:
+            for work in works:
+                work.wait(deadline)
+        except RuntimeError as error:
+            raise self._failure(what, error) from error
+
+    def _failure(self, what: str, error: RuntimeError) -> CommError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return CommError(
+            f"rank {self.rank} of {self.size} on mesh axis {self.axis!r}: {what} failed: a peer is "
+            f"gone, did not answer within {self.mesh.timeout_s:g} s, or moved other sizes "
+            f"({reason}). Look for the first error in the other ranks' output; if ranks are "
+            "only slow, raise timeout_s in init_mesh"
+        )
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor of any dtype as bytes, so that any back end carries it unchanged."""
+    return x.view(-1).view(torch.uint8)

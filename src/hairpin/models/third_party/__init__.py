@@ -1,0 +1,1 @@
+"""Seam tables of models that other libraries define. Plain data; the libraries are not imported."""

@@ -1,0 +1,450 @@
+"""Attaching a plan to a model by hooks at its seams, and taking it off again.
+
+The hooks hold no order: each knows from the plan in which state its tensors arrive, run and leave,
+so they work when activation checkpointing runs a module again later. What they need besides are the
+global sizes of the forward they belong to. Those are remembered by the storage of the tensor that
+enters a stage, which checkpointing keeps, so that two forwards of different shapes may be under way
+at once.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_flatten_with_path
+
+from hairpin.comm.agree import require_agreement
+from hairpin.comm.eager import eager
+from hairpin.comm.mesh import Mesh, as_mesh
+from hairpin.comm.verbs import Grad, move
+from hairpin.errors import LayoutError, PlanError
+from hairpin.layout import Layout, Pattern, solve_sizes
+from hairpin.planning.dropout import GlobalDropout
+from hairpin.planning.plan import CarriedTensor, Plan, Stage
+from hairpin.planning.seam import bind, stream_name
+
+
+class Mover(Protocol):
+    """How tensors change layout: between live ranks, or in a rehearsal on shapes."""
+
+    def coordinates(self, axes: tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
+        """(rank, degree) on each of ``axes``."""
+        ...
+
+    def move(self, x: Tensor, src: Layout, dst: Layout, grad: Grad) -> Tensor:
+        """``x`` from layout ``src`` to ``dst``."""
+        ...
+
+    def agree(self, statement: str) -> None:
+        """Raise on every rank unless all make the same statement."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveMover:
+    """Moves between the ranks of a mesh axis."""
+
+    mesh: Mesh
+    axis: str
+
+    def coordinates(self, axes: tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
+        """(rank, degree) on each of ``axes``."""
+        return self.mesh.coordinates(axes)
+
+    def move(self, x: Tensor, src: Layout, dst: Layout, grad: Grad) -> Tensor:
+        """``x`` from layout ``src`` to ``dst``."""
+        return move(x, src, dst, self.mesh, grad=grad)
+
+    def agree(self, statement: str) -> None:
+        """Raise on every rank unless all make the same statement."""
+        require_agreement(statement, self.mesh, self.axis)
+
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One plan on one model: what its hooks share."""
+
+    plan: Plan
+    mover: Mover
+    running: bool = False
+    current: Sizes = field(default_factory=dict)
+    remembered: "WeakKeyDictionary[Any, Sizes]" = field(default_factory=WeakKeyDictionary)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "mover": self.mover}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, running=False, current={}, remembered=WeakKeyDictionary())
+
+    def layout(self, pattern: str, sizes: Sizes, dim: str | None) -> Layout:
+        """Layout of ``pattern`` with ``dim`` split, where it has that dim."""
+        layout = Layout.of(pattern, sizes)
+        return layout.split(dim if dim in layout.dims else None, self.plan.axis)
+
+    def sizes_at(self, stage: Stage, x: Tensor, others: Mapping[str, Tensor]) -> Sizes:
+        """Global sizes of the forward that stream ``x`` belongs to, as it arrives at ``stage``.
+
+        Inside a forward of the model those are the current ones; when checkpointing runs a module
+        again later, those remembered with the tensor that it kept.
+        """
+        known = self.current
+        if not self.running:
+            known = self.remembered.get(x.untyped_storage(), self.current)
+        return self._solved(stage, stage.arrive, known, {stage.seam.stream: x}, others)
+
+    def _solved(
+        self,
+        stage: Stage,
+        dim: str | None,
+        known: Sizes,
+        streams: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+    ) -> Sizes:
+        """Known sizes completed by, and checked against, the shapes of a stage's tensors."""
+        local = dict(known)
+        if dim is not None:
+            if dim not in known:
+                raise PlanError(
+                    f"module '{stage.module}' ran outside a forward of the model that carries the "
+                    f"plan, so the global length of dim '{dim}' is unknown; call the whole model"
+                )
+            layout = Layout(f"{dim}/{self.plan.axis}", **{dim: known[dim]})
+            coordinates = self.mover.coordinates((self.plan.axis,))
+            local[dim] = layout.local_shape_at(coordinates)[0]
+        shapes = {
+            f"the tensor of module '{stage.module}'": (Pattern.parse(pattern), tuple(x.shape))
+            for pattern, x in streams.items()
+        }
+        try:
+            solved = solve_sizes(shapes, local)
+            if dim is None:
+                whole = {
+                    f"argument '{name}' of module '{stage.module}'": (
+                        Pattern.parse(stage.seam.args[name]),
+                        tuple(x.shape),
+                    )
+                    for name, x in others.items()
+                }
+                solved = solve_sizes(whole, solved)
+        except LayoutError as error:
+            state = "whole" if dim is None else f"split along '{dim}'"
+            raise PlanError(
+                f"{error}. The stream was to arrive {state}. If the table's pattern is right, "
+                "look for a hard-coded or cached global length in the code before this module; if "
+                "a merged dim is not determined, name the model's own arguments in the table: "
+                "{'': {'x': 'b t s c'}}"
+            ) from error
+        return {**solved, **({} if dim is None else {dim: known[dim]})}
+
+    def remember(self, x: Tensor, sizes: Sizes) -> None:
+        """Keep ``sizes`` for as long as the storage of ``x`` lives."""
+        self.remembered[x.untyped_storage()] = sizes
+
+
+@dataclass(eq=False)
+class _Hook:
+    """A hook that belongs to an attachment; found again by its type."""
+
+    attachment: Attachment
+
+
+@dataclass(eq=False)
+class _BeforeModel(_Hook):
+    """Learn the sizes of this forward, and make sure that all ranks are to do the same."""
+
+    @eager
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attachment, plan = self.attachment, self.attachment.plan
+        if module.training and not plan.training:
+            raise PlanError(
+                f"this {plan.model} is in train() but its plan was made in eval(), where dropouts "
+                "do not show; plan again after model.train()"
+            )
+        attachment.mover.agree(_statement(plan, module, args, kwargs))
+        attachment.current = input_sizes(plan.inputs, module, args, kwargs)
+        attachment.running = True
+
+
+@dataclass(eq=False)
+class _AfterModel(_Hook):
+    """The forward is over, by its end or by an error."""
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.attachment.running = False
+
+
+@dataclass(eq=False)
+class _BeforeStage(_Hook):
+    """Bring a stage's arguments into the layout it runs in."""
+
+    stage: Stage
+
+    @eager
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        attachment, stage = self.attachment, self.stage
+        bound = bind(module, args, kwargs)
+        name = stream_name(stage.module, stage.seam, bound)
+        others = {n: bound[n] for n in stage.seam.args if isinstance(bound.get(n), Tensor)}
+        sizes = attachment.sizes_at(stage, bound[name], others)
+        attachment.remember(bound[name], sizes)
+        moved = {name: self._stream(bound[name], sizes)}
+        moved |= {n: self._side(n, x, sizes) for n, x in others.items()}
+        attachment.remember(moved[name], sizes)
+        attachment.current = sizes
+        return _rebind(module, args, kwargs, moved)
+
+    def _stream(self, x: Tensor, sizes: Sizes) -> Tensor:
+        attachment, stage = self.attachment, self.stage
+        src = attachment.layout(stage.seam.stream, sizes, stage.arrive)
+        dst = attachment.layout(stage.seam.stream, sizes, stage.held)
+        return attachment.mover.move(x, src, dst, "partial")
+
+    def _side(self, name: str, x: Tensor, sizes: Sizes) -> Tensor:
+        """A side argument arrives whole, or already as the stage needs it."""
+        attachment, stage = self.attachment, self.stage
+        pattern = stage.seam.args[name]
+        complete = _side_sizes(attachment, stage, name, x, sizes)
+        dst = attachment.layout(pattern, complete, stage.held)
+        if tuple(x.shape) == dst.local_shape_at(attachment.mover.coordinates(dst.axes)):
+            return x
+        return attachment.mover.move(x, attachment.layout(pattern, complete, None), dst, "partial")
+
+
+@dataclass(eq=False)
+class _AfterStage(_Hook):
+    """Bring a stage's outputs into the layout in which the code after it uses them."""
+
+    stage: Stage
+
+    @eager
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        attachment, stage = self.attachment, self.stage
+        bound = bind(module, args, kwargs)
+        x = bound[stream_name(stage.module, stage.seam, bound)]
+        sizes = attachment.remembered.get(x.untyped_storage(), attachment.current)
+        outputs = output if isinstance(output, tuple) else (output,)
+        patterns = stage.seam.outputs
+        if len(patterns) > len(outputs):
+            raise PlanError(
+                f"module '{stage.module}' gave {len(outputs)} outputs, its seam names "
+                f"{len(patterns)}; correct `out` in the attends table"
+            )
+        rest = (None,) * (len(outputs) - len(patterns))
+        moved = tuple(
+            self._out(index, out, pattern, sizes)
+            for index, (out, pattern) in enumerate(zip(outputs, (*patterns, *rest), strict=True))
+        )
+        return moved if isinstance(output, tuple) else moved[0]
+
+    def _out(self, index: int, out: Any, pattern: str | None, sizes: Sizes) -> Any:
+        if pattern is None or not isinstance(out, Tensor):
+            return out
+        attachment, stage, axis = self.attachment, self.stage, self.attachment.plan.axis
+        complete = attachment._solved(stage, stage.held, sizes, {pattern: out}, {})
+        src = attachment.layout(pattern, complete, stage.held)
+        dst = attachment.layout(pattern, complete, stage.leave if index == 0 else None)
+        last = stage is attachment.plan.stages[-1] and dst.split_dim(axis) is None
+        grad: Grad = attachment.plan.output_grad if last else "partial"
+        moved = attachment.mover.move(out, src, dst, grad)
+        if index == 0:
+            attachment.remember(moved, complete)
+        return moved
+
+
+@dataclass(eq=False)
+class _BeforeOwner(_Hook):
+    """Let a module see its part of a parameter or buffer while it runs."""
+
+    tensor: CarriedTensor
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        attachment, tensor = self.attachment, self.tensor
+        name = tensor.name.rpartition(".")[2]
+        module.__dict__.pop(name, None)
+        whole = getattr(module, name)
+        pattern = Pattern.parse(tensor.pattern)
+        sizes = solve_sizes({f"'{tensor.name}'": (pattern, tuple(whole.shape))}, {})
+        src = attachment.layout(tensor.pattern, sizes, None)
+        dst = attachment.layout(tensor.pattern, sizes, tensor.held)
+        module.__dict__[name] = attachment.mover.move(whole, src, dst, "partial")
+
+
+@dataclass(eq=False)
+class _AfterOwner(_Hook):
+    """Give the module its whole parameter or buffer back."""
+
+    tensor: CarriedTensor
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        module.__dict__.pop(self.tensor.name.rpartition(".")[2], None)
+
+
+def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh | None = None) -> nn.Module:
+    """Split ``model`` over the mesh as ``plan`` says, by hooks. Returns the same model.
+
+    The model's inputs and outputs stay whole and its ``state_dict`` is unchanged. Attach before
+    wrapping in DDP, FSDP2 or ``torch.compile``. ``detach`` undoes it.
+
+    Args:
+        plan: from ``hp.plan`` or ``hp.Plan.load``.
+        mesh: a live mesh; may be left out for a plan over one rank.
+
+    Raises:
+        PlanError: the plan is for another model or another number of ranks, or the model already
+            carries a plan.
+        MeshError: the mesh lacks the plan's axis, or is only a description.
+    """
+    mesh = Mesh(**{plan.axis: 1}) if mesh is None else as_mesh(mesh)
+    plan.require_model(model)
+    if plan_of(model) is not None:
+        raise PlanError(
+            f"this {type(model).__name__} already carries a plan; call hp.detach(model) first"
+        )
+    if mesh.size(plan.axis) != plan.degree:
+        raise PlanError(
+            f"this plan splits over {plan.degree} ranks of axis '{plan.axis}', the mesh has "
+            f"{mesh.size(plan.axis)} there; plan again for this mesh"
+        )
+    mesh.group(plan.axis)
+    attach(model, Attachment(plan, LiveMover(mesh, plan.axis)))
+    return model
+
+
+def attach(model: nn.Module, attachment: Attachment) -> None:
+    """Register the hooks of an attachment."""
+    plan = attachment.plan
+    modules = dict(model.named_modules())
+    model.register_forward_pre_hook(_BeforeModel(attachment), with_kwargs=True, prepend=True)
+    model.register_forward_hook(_AfterModel(attachment), always_call=True)
+    for stage in {stage.module: stage for stage in plan.stages}.values():
+        module = modules[stage.module]
+        module.register_forward_pre_hook(_BeforeStage(attachment, stage), with_kwargs=True)
+        module.register_forward_hook(_AfterStage(attachment, stage), with_kwargs=True)
+    for tensor in plan.tensors:
+        if tensor.held is not None:
+            owner = modules[tensor.name.rpartition(".")[0]]
+            owner.register_forward_pre_hook(_BeforeOwner(attachment, tensor))
+            owner.register_forward_hook(_AfterOwner(attachment, tensor), always_call=True)
+    for site in plan.dropouts:
+        dropout = modules[site.module]
+        dropout.__dict__["forward"] = GlobalDropout(dropout, site, attachment)
+
+
+def detach(model: nn.Module) -> Plan | None:
+    """Take a plan off a model and return it; None if it carries none."""
+    plan = plan_of(model)
+    for module in model.modules():
+        registries: list[list[dict[int, Any]]] = [
+            [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
+            [
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ],
+        ]
+        for hooks, *flags in registries:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                for registry in (hooks, *flags):
+                    registry.pop(key, None)
+        if isinstance(module.__dict__.get("forward"), GlobalDropout):
+            del module.__dict__["forward"]
+    return plan
+
+
+def _is_ours(hook: object) -> bool:
+    return isinstance(hook, _Hook)
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that a model carries, or None."""
+    hooks: Sequence[object] = list(model._forward_pre_hooks.values())
+    return next((hook.attachment.plan for hook in hooks if isinstance(hook, _BeforeModel)), None)
+
+
+def input_sizes(
+    patterns: Mapping[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, int]:
+    """Sizes named by the patterns of the model's own arguments.
+
+    Raises:
+        PlanError: an argument that the patterns name has another shape or is missing.
+    """
+    bound = bind(module, args, kwargs)
+    shapes = {}
+    for name, pattern in patterns.items():
+        if not isinstance(bound.get(name), Tensor):
+            raise PlanError(
+                f"attends names argument {name!r} of the model, which is no tensor in this call; "
+                f"its arguments are {', '.join(bound) or 'none'}"
+            )
+        shapes[f"argument '{name}' of the model"] = (
+            Pattern.parse(pattern),
+            tuple(bound[name].shape),
+        )
+    try:
+        return solve_sizes(shapes, {})
+    except LayoutError as error:
+        raise PlanError(str(error)) from error
+
+
+def _side_sizes(attachment: Attachment, stage: Stage, name: str, x: Tensor, sizes: Sizes) -> Sizes:
+    """``sizes`` completed by a side argument that arrives whole or as the stage runs."""
+    pattern = Pattern.parse(stage.seam.args[name])
+    label = f"argument '{name}' of module '{stage.module}'"
+    failures = []
+    for dim in (None, stage.held if stage.held in pattern.dims else None):
+        local = dict(sizes)
+        if dim is not None:
+            layout = Layout(f"{dim}/{attachment.plan.axis}", **{dim: sizes[dim]})
+            axes = (attachment.plan.axis,)
+            local[dim] = layout.local_shape_at(attachment.mover.coordinates(axes))[0]
+        try:
+            solved = solve_sizes({label: (pattern, tuple(x.shape))}, local)
+            return {**solved, **({} if dim is None else {dim: sizes[dim]})}
+        except LayoutError as error:
+            failures.append(error)
+    raise PlanError(
+        f"{failures[0]}; it fits neither whole nor split along '{stage.held}'. Correct its pattern "
+        "in the attends table"
+    )
+
+
+def _rebind(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], moved: Mapping[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with the moved tensors in their places."""
+    positional = list(bind(module, args, {}))
+    new_args = tuple(moved.get(name, value) for name, value in zip(positional, args, strict=True))
+    return new_args, {name: moved.get(name, value) for name, value in kwargs.items()}
+
+
+def _statement(plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What this rank is about to do, for comparison with the others."""
+    leaves = tree_flatten_with_path((args, kwargs))[0]
+    words = [
+        f"{''.join(map(str, path))}: {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
+    ]
+    mode = "training" if module.training else "eval"
+    grad = "grad" if torch.is_grad_enabled() else "no grad"
+    draws = ""
+    if module.training and plan.dropouts:
+        state = torch.get_rng_state().numpy().tobytes()
+        draws = f"; CPU random state {hashlib.blake2b(state, digest_size=4).hexdigest()}"
+    return f"inputs {'; '.join(words)}; {mode}, {grad}; plan {plan.digest}{draws}"

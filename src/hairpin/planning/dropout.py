@@ -1,0 +1,101 @@
+"""Dropout keyed by global position: the same mask whatever the number of ranks.
+
+Each element's random number is a hash of (seed, its index in the global tensor), so a rank draws
+the numbers of its own part only. The seed of each call comes from torch's CPU generator, one draw a
+call on every rank: activation checkpointing, which restores that generator, repeats the mask.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hairpin.comm.eager import eager
+from hairpin.errors import PlanError
+from hairpin.layout import Layout, Pattern, shard_offset, solve_sizes
+
+if TYPE_CHECKING:
+    from hairpin.planning.apply import Attachment
+    from hairpin.planning.plan import DropoutSite
+
+Places = Mapping[str, tuple[int, int]]
+
+_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # splitmix64 (Steele et al. 2014)
+_GOLDEN = -7046029254386353131
+
+
+class GlobalDropout:
+    """Stands in for the forward of one ``nn.Dropout`` on a split tensor."""
+
+    def __init__(self, module: nn.Module, site: "DropoutSite", attachment: "Attachment") -> None:
+        self.module = module
+        self.site = site
+        self.attachment = attachment
+
+    @eager
+    def __call__(self, x: Tensor) -> Tensor:
+        probability = float(getattr(self.module, "p", 0.0))
+        if not self.module.training or probability == 0.0:
+            return x
+        seed = int(torch.randint(2**62, ()).item())
+        layout = self._layout(x)
+        places = self.attachment.mover.coordinates(layout.axes)
+        return drop(x, probability, seed, layout, places)
+
+    def _layout(self, x: Tensor) -> Layout:
+        """Layout of ``x`` on this rank, its global sizes from the forward under way."""
+        attachment, held = self.attachment, self.site.held
+        pattern = Pattern.parse(self.site.pattern)
+        shapes = {f"the input of '{self.site.module}'": (pattern, tuple(x.shape))}
+        if held is None:
+            return Layout.of(self.site.pattern, solve_sizes(shapes, {}))
+        axis, known = attachment.plan.axis, attachment.current
+        if held not in known:
+            raise PlanError(
+                f"dropout '{self.site.module}' ran outside a forward of the model that carries the "
+                "plan; call the whole model"
+            )
+        part = Layout(f"{held}/{axis}", **{held: known[held]})
+        (length,) = part.local_shape_at(attachment.mover.coordinates((axis,)))
+        sizes = solve_sizes(shapes, {**known, held: length})
+        return Layout.of(self.site.pattern, {**sizes, held: known[held]}).split(held, axis)
+
+
+def drop(x: Tensor, probability: float, seed: int, layout: Layout, places: Places) -> Tensor:
+    """Zero each element with ``probability``, by global position, and scale up the rest.
+
+    Args:
+        x: this rank's part, in ``layout``.
+        seed: the same on every rank.
+        layout: where the part lies in the whole tensor.
+        places: (rank, degree) on each mesh axis of the layout.
+    """
+    index = torch.zeros((), dtype=torch.int64, device=x.device)
+    for dim, length in layout.sizes.items():
+        axis = layout.pattern.splits.get(dim)
+        start, count = 0, length
+        if axis is not None:
+            rank, degree = places[axis]
+            start = shard_offset(length, degree, rank)
+            count = layout.local_sizes(places)[dim]
+        step = torch.arange(start, start + count, dtype=torch.int64, device=x.device)
+        index = index.unsqueeze(-1) * length + step
+    keep = (_uniform(index, seed) >= probability).reshape(x.shape)
+    return torch.where(
+        keep, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device)
+    )
+
+
+def _uniform(index: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for each index: the splitmix64 hash of seed and index, its top 24 bits."""
+    z = index * _GOLDEN + seed
+    z = (z ^ _shift(z, 30)) * _MULTIPLIERS[0]
+    z = (z ^ _shift(z, 27)) * _MULTIPLIERS[1]
+    z = z ^ _shift(z, 31)
+    return _shift(z, 40).to(torch.float32) / 2**24
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift right of a signed 64-bit integer."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
