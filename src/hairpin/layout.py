@@ -44,9 +44,9 @@ class Pattern:
     bracketed dims ``("s",)``. An empty group is a dim of length 1, written ``1``.
     """
 
-    text: str
+    text: str = field(compare=False)
     groups: tuple[tuple[str, ...], ...]
-    splits: Mapping[str, str]
+    splits: Mapping[str, str] = field(hash=False)
     bracketed: tuple[str, ...]
 
     @classmethod

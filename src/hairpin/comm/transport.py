@@ -5,6 +5,7 @@ posted before sends: Gloo serialises the two directions of a pair otherwise. A r
 contiguous is sent from, or received into, the tensor itself.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +60,7 @@ class Link:
         Returns:
             a function that waits until all has arrived and all has left.
         """
+        tag = _tag(what)
         landings: list[tuple[Tensor, Tensor]] = []
         operations: list[dist.P2POp] = []
         group = self.mesh.group(self.axis)
@@ -69,13 +71,11 @@ class Link:
                 if not buffer.is_contiguous():
                     buffer = torch.empty_like(buffer, memory_format=torch.contiguous_format)
                     landings.append((receives[peer], buffer))
-                operations.append(
-                    dist.P2POp(dist.irecv, as_bytes(buffer), group=group, group_peer=peer)
-                )
+                operations.append(dist.P2POp(dist.irecv, as_bytes(buffer), None, group, tag, peer))
         for peer in self.peers():
             if sends[peer].numel():
                 chunk = as_bytes(sends[peer].contiguous())
-                operations.append(dist.P2POp(dist.isend, chunk, group=group, group_peer=peer))
+                operations.append(dist.P2POp(dist.isend, chunk, None, group, tag, peer))
                 self._count(chunk.numel(), control=control)
         self.mesh.traffic.collectives += not control
         works = self._post(operations, what)
@@ -135,6 +135,14 @@ class Link:
             f"({reason}). Look for the first error in the other ranks' output; if ranks are "
             "only slow, raise timeout_s in init_mesh"
         )
+
+
+def _tag(what: str) -> int:
+    """A message tag for one kind of transfer, so that ranks about to do different ones never meet.
+
+    Gloo takes a message of another length without complaint, or aborts the process.
+    """
+    return zlib.crc32(what.encode()) & 0x7FFFFFFF
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -191,8 +191,10 @@ def all_reduce(
 def global_mean(total: Tensor, count: Tensor | float, mesh: Mesh | DeviceMesh) -> Tensor:
     """The sum of ``total`` over all ranks by the sum of ``count``: a loss over valid tokens.
 
-    Each rank gives the sum over its own tokens and how many they are, none of them counted on two
-    ranks; ranks may hold different numbers, even none. Every rank gets the same value.
+    Each rank gives the sum over its own tokens and how many they are; ranks may hold different
+    numbers, even none. Every token must be counted by as many ranks as every other: by one where
+    the tokens are split, by all ranks of an axis along which they are whole. Every rank gets the
+    same value.
 
     Args:
         total: scalar, differentiable.

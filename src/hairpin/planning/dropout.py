@@ -6,7 +6,6 @@ call on every rank: activation checkpointing, which restores that generator, rep
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 from hairpin.comm.eager import eager
 from hairpin.errors import PlanError
 from hairpin.layout import Layout, Pattern, shard_offset, solve_sizes
-
-if TYPE_CHECKING:
-    from hairpin.planning.apply import Attachment
-    from hairpin.planning.plan import DropoutSite
+from hairpin.planning.attachment import Attachment
+from hairpin.planning.plan import DropoutSite
 
 Places = Mapping[str, tuple[int, int]]
 
@@ -28,7 +25,7 @@ _GOLDEN = -7046029254386353131
 class GlobalDropout:
     """Stands in for the forward of one ``nn.Dropout`` on a split tensor."""
 
-    def __init__(self, module: nn.Module, site: "DropoutSite", attachment: "Attachment") -> None:
+    def __init__(self, module: nn.Module, site: DropoutSite, attachment: Attachment) -> None:
         self.module = module
         self.site = site
         self.attachment = attachment

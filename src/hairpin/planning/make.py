@@ -1,6 +1,6 @@
 """Making a plan: the cheapest sequence of splits that a rehearsal on every rank finds right."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -212,7 +212,7 @@ class _Chain:
         sent = sent_bytes(layout, point.call.element_bytes[1], held, leave, self.ranks)
         return _ticks(self.costs.transfer_s(sent)), 0
 
-    def solve(self, bans: set[Ban], whole_around: set[str]) -> list[Held] | None:
+    def solve(self, bans: Collection[Ban], whole_around: set[str]) -> list[Held] | None:
         """States arrive, held, arrive, held, ..., leave of the cheapest way, or None."""
         count = len(self.points)
         if self.ranks == 1:
@@ -251,7 +251,7 @@ class _Search:
     base: Plan
 
     def run(self) -> Plan:
-        bans: set[Ban] = set()
+        bans: dict[Ban, str] = {}
         whole_around: set[str] = set()
         fault: Fault | None = None
         while True:
@@ -279,8 +279,13 @@ class _Search:
                     candidate,
                     peak_bytes=max(run.recording.peak_bytes for run in runs),
                     dropouts=tuple(self._dropouts(candidate, runs[-1])),
+                    notes=tuple(dict.fromkeys(bans.values())),
                 )
-            bans.add(self._forbid(candidate, fault))
+            ban = self._forbid(candidate, fault)
+            bans[ban] = (
+                f"not split along {ban[2]} between {ban[0]}: there, in "
+                f"'{fault.module or 'the model'}', {fault.reason}"
+            )
 
     def _rehearse(self, candidate: Plan) -> tuple[Fault | None, list[Run]]:
         """Compare the whole run with that of every rank that sees other shapes."""

@@ -105,6 +105,7 @@ class Plan:
         output_grad: what the loss is: ``"replicated"``, the same on every rank, computed from the
             model's whole output, or ``"partial"``, another on each rank.
         sent_bytes_by_rank: payload bytes that each rank sends in one forward.
+        notes: splits that were cheaper and would have been wrong, with the reason.
         peak_bytes: most bytes alive in one rank's forward, parameters not counted.
         whole_peak_bytes: the same for one process without a split.
     """
@@ -121,6 +122,7 @@ class Plan:
     dropouts: tuple[DropoutSite, ...] = ()
     output_grad: OutputGrad = "replicated"
     sent_bytes_by_rank: tuple[int, ...] = (0,)
+    notes: tuple[str, ...] = ()
     peak_bytes: int = 0
     whole_peak_bytes: int = 0
 
@@ -254,8 +256,9 @@ def _plan(data: dict[str, Any]) -> Plan:
     stages = tuple(_stage(item) for item in data.pop("stages"))
     tensors = tuple(CarriedTensor(**{"held": None, **item}) for item in data.pop("tensors"))
     dropouts = tuple(DropoutSite(**item) for item in data.pop("dropouts"))
-    sent = tuple(data.pop("sent_bytes_by_rank"))
-    return Plan(**data, stages=stages, tensors=tensors, dropouts=dropouts, sent_bytes_by_rank=sent)
+    sent, notes = tuple(data.pop("sent_bytes_by_rank")), tuple(data.pop("notes"))
+    data |= {"stages": stages, "tensors": tensors, "dropouts": dropouts, "notes": notes}
+    return Plan(**data, sent_bytes_by_rank=sent)
 
 
 def _stage(item: dict[str, Any]) -> Stage:
@@ -305,6 +308,7 @@ def _explain(plan: Plan) -> str:
         ),
         *(f"{t.name} ({t.pattern}): {_held(t.held)}" for t in plan.tensors),
         *([f"{len(plan.dropouts)} dropouts: masks by global position"] if plan.dropouts else []),
+        *plan.notes,
     ]
     return "\n".join([head, "", *_aligned(rows), "", *foot])
 

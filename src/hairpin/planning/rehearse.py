@@ -20,7 +20,8 @@ from hairpin.errors import LayoutError, PlanError
 from hairpin.graph.dims import Fault
 from hairpin.graph.trace import OpCall, Recording, Shape, fake_inputs, recording
 from hairpin.layout import Layout
-from hairpin.planning.apply import Attachment, attach, detach
+from hairpin.planning.apply import attach, detach
+from hairpin.planning.attachment import Attachment
 from hairpin.planning.plan import Plan
 from hairpin.planning.seam import Table, bind, stream_name
 

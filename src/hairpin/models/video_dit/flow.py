@@ -15,6 +15,7 @@ Dims: b batch, t frames, h height, w width, f given frames, k labels of a clip.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,14 +38,14 @@ MIN_LEVEL = 0.1  # a velocity is (noisy - clean) / level: below this level, divi
 
 
 class FlowLoss(NamedTuple):
-    """A sum of squared errors and the number of pixels in it; the loss is total / count."""
+    """A sum over clips of their mean squared errors, and the clips; the loss is total / count."""
 
     total: Float[Tensor, ""]
-    count: Float[Tensor, ""]
+    count: Float[Tensor, ""]  # type: ignore[assignment]  # hides tuple.count, on purpose
 
     @property
     def mean(self) -> Float[Tensor, ""]:
-        """The mean over the pixels of this batch alone."""
+        """The mean over the clips of this batch alone."""
         return self.total / self.count
 
 
@@ -54,6 +55,7 @@ class Draws(NamedTuple):
     noise: Float[Tensor, "b t h w"]
     level: Float[Tensor, " b"]
     keep_label: Bool[Tensor, " b"]
+    given: Bool[Tensor, "b t"]
 
 
 def flow_loss(
@@ -74,45 +76,50 @@ def flow_loss(
         video: clean clips in [-1, 1].
         labels: their classes.
         index: the global index of each clip, which with `seed` keys its noise.
-        given_frames: the first frames, which the model sees clean.
+        given_frames: the fewest first frames that the model sees clean; every clip draws its
+            number from this to all but one, so that a sampler may go on from any of them.
         null_label: replaces the labels of a share `label_dropout` of the clips.
 
     Returns:
         total and count over this batch: sum both over ranks before dividing.
     """
     draws = draw(
-        tuple(video.shape), index=index, seed=seed, label_dropout=label_dropout, like=video
+        index, seed=seed, given_frames=given_frames, label_dropout=label_dropout, like=video
     )
     labels = torch.where(draws.keep_label[:, None], labels, null_label)
-    given = first_frames(video, given_frames)
+    hidden = ~draws.given[:, :, None, None]  # [b, t, 1, 1]
 
     level = draws.level[:, None, None, None]
-    noisy = torch.where(given[:, :, None, None], video, (1 - level) * video + level * draws.noise)
-    clean = model(noisy, draws.level, labels, given)
+    noisy = torch.where(hidden, (1 - level) * video + level * draws.noise, video)
+    clean = model(noisy, draws.level, labels, draws.given)
 
-    error = (clean - video)[:, given_frames:] / level.clamp(min=MIN_LEVEL)
-    return FlowLoss(total=error.square().sum(), count=error.new_tensor(error.numel()))
+    velocity_error = hidden * (clean - video) / level.clamp(min=MIN_LEVEL)
+    pixels = hidden.sum(dim=(1, 2, 3)) * video.shape[2] * video.shape[3]  # [b]
+    of_clip = velocity_error.square().sum(dim=(1, 2, 3)) / pixels
+    return FlowLoss(total=of_clip.sum(), count=of_clip.new_tensor(len(of_clip)))
 
 
 def draw(
-    shape: tuple[int, ...],
-    *,
     index: Sequence[int],
+    *,
     seed: int,
+    given_frames: int,
     label_dropout: float,
-    like: Tensor,
+    like: Float[Tensor, "b t h w"],
 ) -> Draws:
-    """Noise, noise levels and dropped labels for the clips `index`, of `like`'s dtype and device.
+    """What chance decides about the clips `index`, in `like`'s shape, dtype and device.
 
     Drawn in float32 whatever the dtype, by a counter-based generator per clip.
     """
     generators = [generator(seed, i) for i in index]
     normal = torch.tensor([g.standard_normal(dtype=np.float32) for g in generators])
     uniform = torch.tensor([g.random(dtype=np.float32) for g in generators])
+    frames = torch.tensor([int(g.integers(given_frames, like.shape[1])) for g in generators])
     return Draws(
-        noise=_normal(generators, shape[1:], like=like),
+        noise=_normal(generators, tuple(like.shape[1:]), like=like),
         level=(normal + LEVEL_LOGIT_MEAN).sigmoid().to(like),
         keep_label=(uniform >= label_dropout).to(like.device),
+        given=first_frames(frames.to(like.device), like.shape[1]),
     )
 
 
@@ -130,10 +137,9 @@ def _normal(
     return torch.from_numpy(noise).to(like)
 
 
-def first_frames(video: Float[Tensor, "b t h w"], given_frames: int) -> Bool[Tensor, "b t"]:
-    """True for the first `given_frames` frames of every clip."""
-    frame = torch.arange(video.shape[1], device=video.device)
-    return (frame < given_frames).expand(video.shape[0], -1)
+def first_frames(given_frames: Int[Tensor, " b"], frames: int) -> Bool[Tensor, "b t"]:
+    """True for the first `given_frames` frames of each clip."""
+    return torch.arange(frames, device=given_frames.device) < given_frames[:, None]
 
 
 @torch.no_grad()
@@ -146,8 +152,9 @@ def sample(
     index: Sequence[int],
     seed: int,
     null_label: int,
-    steps: int = 16,
+    steps: int = 8,
     method: Literal["euler", "heun"] = "heun",
+    frames_per_pass: int | None = None,
     guidance: float = 1.0,
 ) -> Float[Tensor, "b t h w"]:
     """Draws clips of `frames` frames that go on from the given first ones.
@@ -158,26 +165,51 @@ def sample(
         index: the index of each clip, which with `seed` keys its noise.
         null_label: the label that stands for "not told", used by guidance.
         steps: from level 1 to 0; "heun" calls the model twice in each but the last.
+        frames_per_pass: keep this many new frames, give them, and go on: a roll-out, each pass of
+            which looks less far ahead. None draws all frames in one pass.
         guidance: 1 is the model as it is; more leans on the labels, at twice the calls.
     """
-    b, f, h, w = given_video.shape
+    _, f, h, w = given_video.shape
     noise = _normal([generator(seed, i) for i in index], (frames, h, w), like=given_video)
-    given = first_frames(noise, f)
-    levels = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
 
-    def clean_at(x: Tensor, level: Tensor) -> Tensor:
-        clean = model(x, level.expand(b), labels, given)
-        if guidance != 1.0:
-            unlabelled = model(x, level.expand(b), torch.full_like(labels, null_label), given)
-            clean = unlabelled + guidance * (clean - unlabelled)
-        return torch.cat([given_video, clean[:, f:]], dim=1)
+    def clean_at(x: Tensor, level: Tensor, given: Tensor) -> Tensor:
+        levels = level.expand(len(x))
+        clean = model(x, levels, labels, given)
+        if guidance == 1.0:
+            return clean
+        unlabelled = model(x, levels, torch.full_like(labels, null_label), given)
+        return unlabelled + guidance * (clean - unlabelled)
 
-    x = torch.cat([given_video, noise[:, f:]], dim=1)
-    for level, next_level in zip(levels[:-1], levels[1:], strict=True):
-        velocity = (x - clean_at(x, level)) / level
-        ahead = x + (next_level - level) * velocity
+    video = torch.cat([given_video, noise[:, f:]], dim=1)
+    for start in range(f, frames, frames_per_pass or frames):
+        stop = min(frames, start + (frames_per_pass or frames))
+        drawn = _follow_flow(clean_at, video, given_frames=start, steps=steps, method=method)
+        video = torch.cat([drawn[:, :stop], noise[:, stop:]], dim=1)
+    return video
+
+
+def _follow_flow(
+    clean_at: Callable[[Tensor, Tensor, Tensor], Tensor],
+    video: Float[Tensor, "b t h w"],
+    *,
+    given_frames: int,
+    steps: int,
+    method: Literal["euler", "heun"],
+) -> Float[Tensor, "b t h w"]:
+    """Takes the frames that are not given from noise to a clean video, in equal steps."""
+    given = first_frames(
+        torch.full((len(video),), given_frames, device=video.device), video.shape[1]
+    )
+    hidden = ~given[:, :, None, None]
+    levels = torch.linspace(1, 0, steps + 1, dtype=video.dtype, device=video.device)
+
+    def velocity(x: Tensor, level: Tensor) -> Tensor:
+        return hidden * (x - clean_at(x, level, given)) / level
+
+    for level, next_level in pairwise(levels):
+        v = velocity(video, level)
         if method == "heun" and next_level > 0:
-            velocity_ahead = (ahead - clean_at(ahead, next_level)) / next_level
-            ahead = x + (next_level - level) * (velocity + velocity_ahead) / 2
-        x = ahead
-    return x
+            ahead = video + (next_level - level) * v
+            v = (v + velocity(ahead, next_level)) / 2
+        video = video + (next_level - level) * v
+    return video

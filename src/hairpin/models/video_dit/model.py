@@ -6,7 +6,8 @@ the patches of a frame alternate with blocks that attend along the frames of a p
 (2021), "RoFormer": rotary position embedding, here by frame, and by row and column of the patch.
 
 Dims: b batch, t frames, h height, w width, s patches of a frame, c channels, e channels of the
-condition, p pixels of a patch, n heads, d channels of a head, l positions attended along, k labels of a clip (or coordinates).
+condition, p pixels of a patch, n heads, d channels of a head, l positions attended along, k labels
+of a clip (or coordinates of a position).
 """
 
 from dataclasses import dataclass
@@ -324,16 +325,19 @@ def rotate(x: Float[Tensor, "r n l d"], angle: Float[Tensor, "l d/2"]) -> Float[
 
 def to_patches(video: Float[Tensor, "b t h w"], size: int) -> Float[Tensor, "b t s p"]:
     """Cuts each frame into squares, row by row."""
-    squares = video.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [b, t, rows, y, columns, x]
-    return squares.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    b, t, h, w = video.shape
+    rows, columns = h // size, w // size
+    squares = video.reshape(b, t, rows, size, columns, size).transpose(3, 4)
+    return squares.reshape(b, t, rows * columns, size * size)
 
 
 def from_patches(
     patches: Float[Tensor, "b t s p"], size: int, rows: int, columns: int
 ) -> Float[Tensor, "b t h w"]:
     """Undoes `to_patches`."""
-    squares = patches.unflatten(3, (size, size)).unflatten(2, (rows, columns))
-    return squares.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    b, t = patches.shape[:2]
+    squares = patches.reshape(b, t, rows, columns, size, size).transpose(3, 4)
+    return squares.reshape(b, t, rows * size, columns * size)
 
 
 def resize_positions(

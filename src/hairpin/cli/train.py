@@ -1,0 +1,325 @@
+"""``hairpin train``: train a model on local ranks, or join the ranks torchrun started."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hairpin.cli.output import print_json, print_text, say
+from hairpin.errors import (
+    CheckpointError,
+    MeshError,
+    MissingExtraError,
+    OutputError,
+    RankFailed,
+    RecipeError,
+)
+
+if TYPE_CHECKING:
+    from hairpin.run.recipes import VideoRecipe
+    from hairpin.run.video import TrainJob, TrainOutcome
+
+RECIPES = ("digits", "tiny")
+_NEEDS = (
+    ("sklearn", "scikit-learn", "video"),
+    ("PIL", "pillow", "video"),
+    ("matplotlib", "matplotlib", "report"),
+    ("jinja2", "jinja2", "report"),
+)
+
+app = typer.Typer(help="Train a model.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Train a model."""
+
+
+@app.command("video")
+def video(
+    *,
+    recipe: Annotated[
+        str | None, typer.Option(help="digits (the default) or tiny, or that of the checkpoint.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
+    ] = None,
+    dp: Annotated[
+        int, typer.Option(min=1, help="Groups of ranks that share out clips; the rest split clips.")
+    ] = 1,
+    memory: Annotated[
+        str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Stop when so many steps are done, those resumed included.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips per step, over all ranks.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run or checkpoint to go on from.")
+    ] = None,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Pass over a damaged newest checkpoint.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; default runs/<recipe>, or the run resumed."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data and noise.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a video transformer on moving handwritten digits, then write samples and a report."""
+    _require_extras()
+    from hairpin.run.video import run_training
+
+    changes = {
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+    }
+    job = prepare(
+        recipe_name=recipe,
+        changes={name: value for name, value in changes.items() if value is not None},
+        ranks=rank_count(ranks),
+        dp=dp,
+        steps=steps,
+        resume=resume,
+        fallback=fallback,
+        out=out,
+        budget=memory,
+    )
+    outcome = on_ranks(run_training, job.dp * job.sp, job)
+    if outcome is None:  # under torchrun, on all ranks but the first
+        return
+    written = finish(job, outcome)
+    if json:
+        print_json(written)
+    else:
+        print_text(written["report"])
+
+
+def prepare(
+    *,
+    recipe_name: str | None,
+    changes: dict[str, Any],
+    ranks: int,
+    dp: int,
+    steps: int | None,
+    resume: Path | None,
+    fallback: bool,
+    out: Path | None,
+    budget: str | None,
+) -> "TrainJob":
+    """Everything that can be wrong is found here, before ranks start and a step is spent."""
+    from hairpin.run import checkpoint, settings
+    from hairpin.run.video import TrainJob, degrees, is_run, out_folder
+    from hairpin.units import parse_bytes
+
+    dp, sp = degrees(ranks, dp)
+    if budget is not None:
+        parse_bytes(budget)
+    source = info = None
+    if resume is not None:
+        source = checkpoint.find(resume, fallback=fallback)
+        info = checkpoint.read_info(source)
+    recipe = choose_recipe(recipe_name, changes, steps=steps, saved=info.recipe if info else None)
+    if info is not None:
+        settings.require_same(recipe, info.recipe)
+    first_step, last_step = info.step if info else 0, recipe.steps if steps is None else steps
+    if last_step <= first_step:
+        raise CheckpointError(
+            f"{source} has done {first_step} steps and the run is to stop at {last_step}; "
+            f"give --steps above {first_step}"
+        )
+    folder = out_folder(recipe.name, resume=source, wanted=out)
+    if is_run(folder) and (source is None or folder.resolve() not in source.resolve().parents):
+        raise OutputError(
+            f"{folder} holds another run; go on with it by --resume {folder}, or name another --out"
+        )
+    return TrainJob(
+        recipe=recipe,
+        out_dir=checkpoint.require_writable(folder),
+        dp=dp,
+        sp=sp,
+        resume=source,
+        first_step=first_step,
+        last_step=last_step,
+        budget=budget,
+    )
+
+
+def choose_recipe(
+    name: str | None, changes: dict[str, Any], *, steps: int | None, saved: Any
+) -> "VideoRecipe":
+    """The recipe named, or that of the checkpoint, with the changes asked for.
+
+    A new run's schedule ends at its last step; a run that goes on keeps the schedule it had.
+
+    Raises:
+        RecipeError: there is no such recipe, or a setting cannot work.
+    """
+    from dataclasses import replace
+
+    from hairpin.run import settings
+    from hairpin.run.recipes import VideoRecipe, tiny, video_digits
+
+    makers = dict(zip(RECIPES, (video_digits, tiny), strict=True))
+    if name is not None and name not in makers:
+        raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    if saved is None:
+        chosen = makers[name or RECIPES[0]]()
+        if steps is not None:
+            changes = {"steps": steps, **changes}
+    else:
+        chosen = settings.from_plain(VideoRecipe, saved)
+        if name is not None:
+            chosen = replace(makers[name](), steps=chosen.steps)
+    return replace(chosen, **changes)
+
+
+def rank_count(wanted: int | None) -> int:
+    """How many ranks take part: those asked for, or those torchrun has started.
+
+    Raises:
+        MeshError: both are given and differ.
+    """
+    from hairpin.run.launch import launched
+
+    if not launched():
+        return wanted or 1
+    world = int(os.environ["WORLD_SIZE"])
+    if wanted not in (None, world):
+        raise MeshError(
+            f"torchrun started {world} ranks but --ranks says {wanted}; leave --ranks out"
+        )
+    return world
+
+
+def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any) -> Any:
+    """Run a program on new local ranks, or on the one that torchrun made of this process.
+
+    Returns:
+        what the first rank returned; None on torchrun's other ranks.
+    """
+    import torch
+
+    from hairpin.run.launch import launch, launched, user_error, warm
+
+    threads = max(1, _cores() // ranks)
+    if launched():
+        result = program(*args, **kwargs)
+        _leave_group()
+        return result if os.environ["RANK"] == "0" else None
+    with _terminable():
+        if ranks == 1:
+            torch.set_num_threads(threads)
+            return program(*args, **kwargs)
+        warm()
+        try:
+            return launch(program, ranks, *args, threads=threads, **kwargs)[0]
+        except RankFailed as failure:
+            error = user_error(failure)
+            raise error from (None if error is not failure else failure.__cause__)
+
+
+def finish(job: "TrainJob", outcome: "TrainOutcome") -> dict[str, Any]:
+    """Write samples and report; returns their paths and the main figures."""
+    from hairpin.report import Report, environment, write_report
+    from hairpin.run import metrics, settings
+
+    result, samples = outcome.result, outcome.samples
+    film, sheet = write_pictures(job.out_dir, samples)
+    report, rows = job.out_dir / "report.html", metrics.read(result.metrics)
+    figures = [
+        ("likeness of predictions", f"{samples.psnr_db:.1f} dB"),
+        ("of a film that stops", f"{samples.still_psnr_db:.1f} dB"),
+    ]
+    write_report(
+        report,
+        Report(
+            title=job.recipe.name,
+            command=command_line(),
+            recipe=settings.to_plain(job.recipe),
+            metrics=rows,
+            plan=result.plan,
+            mesh={"dp": job.dp, "sp": job.sp},
+            film=film,
+            sheet=sheet,
+            figures=figures,
+            environment=environment(),
+        ),
+    )
+    say(f"samples in {film} and {sheet}, checkpoint in {result.checkpoint}")
+    return {
+        "report": str(report),
+        "film": str(film),
+        "sheet": str(sheet),
+        "checkpoint": str(result.checkpoint),
+        "metrics": str(result.metrics),
+        "step": result.step,
+        "loss": rows[-1]["loss"],
+        "psnr_db": samples.psnr_db,
+        "still_psnr_db": samples.still_psnr_db,
+        "ranks": job.dp * job.sp,
+    }
+
+
+def write_pictures(folder: Path, samples: Any) -> tuple[Path, Path]:
+    """The film and the contact sheet of samples."""
+    from hairpin.run.sample import write_contact_sheet, write_gif
+
+    film, sheet = folder / "samples.gif", folder / "samples.png"
+    write_gif(samples, film)
+    write_contact_sheet(samples, sheet)
+    return film, sheet
+
+
+def command_line() -> str:
+    """This command as one would type it."""
+    import shlex
+
+    return shlex.join(["hairpin", *sys.argv[1:]])
+
+
+def _require_extras() -> None:
+    """Raise now rather than when training is over."""
+    from importlib.util import find_spec
+
+    for module, package, extra in _NEEDS:
+        if find_spec(module) is None:
+            raise MissingExtraError(
+                f"training and its report need {package}: pip install 'hairpin[{extra}]'"
+            )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind this process, so that it ends its ranks first."""
+
+    def leave(number: int, frame: object) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

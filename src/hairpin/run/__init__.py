@@ -1,0 +1,1 @@
+"""Programs: launching ranks, training, sampling, checkpoints, data and recipes."""

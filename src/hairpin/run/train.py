@@ -1,0 +1,308 @@
+"""Training a video model on any mesh, with the same loss curve on every mesh.
+
+Clips and noise are a function of the seed and of the clip's number in the whole run; the loss is
+the mean over all clips of a step; gradients are averaged over all ranks. Nothing depends on which
+rank does what, so a run may stop on four ranks and go on on one.
+
+Dims: b batch, t frames, h height, w width.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hairpin.comm.grads import sync_grads
+from hairpin.comm.mesh import Mesh
+from hairpin.comm.verbs import global_mean
+from hairpin.errors import CheckpointError, NumericsError, RecipeError
+from hairpin.models.video_dit import ATTENDS, VideoDiT, flow_loss
+from hairpin.planning.apply import parallelize
+from hairpin.planning.make import plan as make_plan
+from hairpin.planning.plan import Plan
+from hairpin.run import checkpoint, memory, metrics, settings
+from hairpin.run.data import MovingDigits, rank_indices
+from hairpin.run.recipes import VideoRecipe
+from hairpin.units import parse_bytes
+
+OnStep = Callable[[metrics.StepMetrics], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps done, those before a resume included.
+        checkpoint: the last checkpoint.
+        metrics: file with one line a step.
+        plan: how the model was split; None on one rank along ``sp``.
+    """
+
+    step: int
+    checkpoint: Path
+    metrics: Path
+    plan: Plan | None
+
+
+def train(
+    recipe: VideoRecipe,
+    mesh: Mesh,
+    out_dir: str | Path,
+    *,
+    resume: str | Path | None = None,
+    fallback: bool = False,
+    stop_step: int | None = None,
+    budget: int | str | None = None,
+    keep: int = 3,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Train until ``stop_step``. Every rank of the mesh calls it.
+
+    Args:
+        mesh: with the axes ``dp`` (clips) and ``sp`` (frames and patches of each clip).
+        out_dir: gets ``metrics.jsonl`` and ``checkpoints/``.
+        resume: folder of a run or of one checkpoint to go on from.
+        fallback: go on from an older checkpoint where the newest is damaged.
+        stop_step: steps done at the end, those before a resume included; default ``recipe.steps``.
+        budget: bytes, or text such as ``"2GiB"``, that a rank may use.
+        keep: newest checkpoints that stay.
+        on_step: called after each step on the first rank.
+
+    Raises:
+        OutputError: ``out_dir`` cannot be written.
+        CheckpointError: ``resume`` is damaged or belongs to another model or recipe.
+        MemoryBudgetError: the first step needs more than ``budget``.
+        NumericsError: the loss or a gradient is not finite.
+    """
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    out_dir = checkpoint.require_writable(out_dir)
+    run = _Run(recipe, mesh)
+    source = None if resume is None else checkpoint.find(resume, fallback=fallback)
+    first_step = 0 if source is None else run.load(source)
+    last_step = recipe.steps if stop_step is None else stop_step
+    _require_work(first_step, last_step, source)
+
+    log = _open_log(out_dir, mesh, first_step, source)
+    try:
+        for step in range(first_step, last_step):
+            row = run.step(step, budget_bytes=budget_bytes if step == first_step else None)
+            if log is not None:
+                log.write(row)
+                if on_step is not None:
+                    on_step(row)
+            done = step + 1
+            if done % recipe.checkpoint_every == 0 or done == last_step:
+                source = run.save(out_dir, step=done, keep=keep)
+    finally:
+        if log is not None:
+            log.close()
+    assert source is not None
+    return TrainResult(
+        step=last_step,
+        checkpoint=source,
+        metrics=out_dir / checkpoint.METRICS_FILE,
+        plan=run.plan,
+    )
+
+
+def build_model(recipe: VideoRecipe, *, device: torch.device) -> VideoDiT:
+    """The recipe's model, with the same weights for the same seed on every rank and device."""
+    torch.manual_seed(recipe.seed)
+    return VideoDiT(recipe.model).to(device, getattr(torch, recipe.dtype))
+
+
+def split(model: VideoDiT, recipe: VideoRecipe, mesh: Mesh, *, clips: int) -> Plan | None:
+    """Plan and attach the split over ``sp``; None where there is nothing to split.
+
+    A model with dropout gets a plan on one rank too: it draws the masks that more ranks draw.
+
+    Args:
+        clips: the most clips that a rank is given at once.
+    """
+    if mesh.size("sp") == 1 and not recipe.model.dropout:
+        return None
+    data, like = recipe.data, model.positions
+    example = {
+        "video": like.new_zeros(clips, data.frames, data.height, data.width),
+        "noise_level": like.new_zeros(clips),
+        "labels": torch.zeros(clips, data.digits, dtype=torch.int64, device=like.device),
+        "given": torch.zeros(clips, data.frames, dtype=torch.bool, device=like.device),
+    }
+    found = make_plan(model, tuple(example.values()), mesh, attends=ATTENDS)
+    parallelize(model, found, mesh)
+    return found
+
+
+def device_of(mesh: Mesh) -> torch.device:
+    """Where this rank computes: its GPU where there is one for each rank, else the CPU."""
+    if mesh.world == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = mesh.device_mesh.device_type
+    place = f":{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else ""
+    return torch.device(kind + place)
+
+
+class _Run:
+    """The moving parts of a run on this rank: model, optimizer, average, data."""
+
+    def __init__(self, recipe: VideoRecipe, mesh: Mesh) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.device = device_of(mesh)
+        self.model = build_model(recipe, device=self.device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.data = MovingDigits(recipe.data, split="train", seed=recipe.seed)
+        most_clips = -(-recipe.batch_size // mesh.size("dp"))
+        self.plan = split(self.model, recipe, mesh, clips=most_clips)
+        self.peak_bytes: list[int] | None = None
+
+    @property
+    def state(self) -> checkpoint.TrainState:
+        return checkpoint.TrainState(self.model, self.optimizer, self.ema)
+
+    def load(self, source: Path) -> int:
+        """Go on from a checkpoint; returns the number of steps it has done."""
+        info = checkpoint.read_info(source)
+        checkpoint.require_model(source, self.model)
+        settings.require_same(self.recipe, info.recipe)
+        checkpoint.load(source, self.state)
+        return info.step
+
+    def save(self, out_dir: Path, *, step: int, keep: int) -> Path:
+        folder = out_dir / checkpoint.FOLDER
+        recipe = settings.to_plain(self.recipe)
+        return checkpoint.save(folder, self.state, step=step, recipe=recipe, keep=keep)
+
+    def step(self, step: int, *, budget_bytes: int | None = None) -> metrics.StepMetrics:
+        """One optimizer step, counted from 0."""
+        recipe, mesh = self.recipe, self.mesh
+        start_s, sent = time.perf_counter(), mesh.traffic.snapshot()
+        if self.peak_bytes is None:
+            loss, peak_bytes = self._measured_backward(step)
+        else:
+            loss, peak_bytes = self._backward(step), None
+        bytes_sent, peaks = self._over_ranks(mesh.traffic.since(sent).bytes_sent, peak_bytes)
+        self.peak_bytes = peaks = peaks if self.peak_bytes is None else self.peak_bytes
+        memory.require_budget(peaks, budget_bytes, batch_size=recipe.batch_size, ranks=mesh.world)
+        lr = recipe.learning_rate(step)
+        norm = self._update(step, loss, lr)
+        time_s = time.perf_counter() - start_s
+        return metrics.StepMetrics(
+            step=step + 1,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            samples_per_s=recipe.batch_size / time_s,
+            bytes_sent=bytes_sent,
+            peak_memory_bytes=peaks,
+            time_s=time_s,
+        )
+
+    def _measured_backward(self, step: int) -> tuple[float, int]:
+        """As :meth:`_backward`, with the most bytes this rank needs for a step.
+
+        Weights, their average and AdamW's two moments stay; on top come activations and gradients.
+        """
+        with memory.measured(self.device) as peak:
+            loss = self._backward(step)
+        weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return loss, 4 * weights_bytes + peak.peak_bytes
+
+    def _backward(self, step: int) -> float:
+        """Loss of this step's clips, and its gradients, averaged over all ranks."""
+        recipe, mesh = self.recipe, self.mesh
+        dp = mesh.rank("dp")
+        _seed_dropout(recipe.seed, step, dp)
+        index = rank_indices(step, batch_size=recipe.batch_size, rank=dp, ranks=mesh.size("dp"))
+        clips = self.data.clips(index)
+        video = clips.video.to(self.device, getattr(torch, recipe.dtype))  # [b, t, h, w]
+        error = flow_loss(
+            self.model,
+            video,
+            clips.labels.to(self.device),
+            index=index,
+            seed=recipe.seed,
+            given_frames=recipe.training_given_frames,
+            null_label=recipe.model.classes,
+            label_dropout=recipe.label_dropout,
+        )
+        loss = global_mean(error.total, error.count, mesh)
+        loss.backward()
+        sync_grads(self.model, mesh)
+        return loss.item()
+
+    def _update(self, step: int, loss: float, lr: float) -> float:
+        """Clip, move the weights and their average; returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        _require_finite(step, loss, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        keep = self.recipe.ema_decay_at(step)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.ema[name].lerp_(parameter, 1 - keep)
+        return norm.item()
+
+    def _over_ranks(self, bytes_sent: int, peak_bytes: int | None) -> tuple[list[int], list[int]]:
+        """These two figures of every rank."""
+        mine = torch.tensor([bytes_sent, peak_bytes or 0], device=self.device)
+        if self.mesh.world == 1:
+            return [bytes_sent], [peak_bytes or 0]
+        all_ = [torch.empty_like(mine) for _ in range(self.mesh.world)]
+        dist.all_gather(all_, mine)
+        sent, peaks = zip(*(pair.tolist() for pair in all_), strict=True)
+        return list(sent), list(peaks)
+
+
+def _open_log(
+    out_dir: Path, mesh: Mesh, first_step: int, source: Path | None
+) -> metrics.MetricsLog | None:
+    """The metrics file, on the first rank."""
+    if mesh.global_rank != 0:
+        return None
+    history = None if source is None else checkpoint.history_of(source)
+    path = out_dir / checkpoint.METRICS_FILE
+    return metrics.MetricsLog(path, after_step=first_step, history=history)
+
+
+def _require_work(first_step: int, last_step: int, source: Path | None) -> None:
+    if last_step < 1:
+        raise RecipeError(f"got steps={last_step}; train for at least 1 step")
+    if last_step <= first_step:
+        raise CheckpointError(
+            f"{source} has done {first_step} steps already and the run is to stop at {last_step}; "
+            f"give --steps above {first_step}"
+        )
+
+
+def _seed_dropout(seed: int, step: int, dp_rank: int) -> None:
+    """Let torch's generator depend on nothing but the step and the share of the clips."""
+    (state,) = np.random.SeedSequence([seed, step, dp_rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
+
+
+def _require_finite(step: int, loss: float, norm: Tensor) -> None:
+    if np.isfinite(loss) and norm.isfinite():
+        return
+    what = "the norm of the gradients" if np.isfinite(loss) else "the loss"
+    value = norm.item() if np.isfinite(loss) else loss
+    raise NumericsError(
+        f"{what} is {value} at step {step + 1}; this step was not taken and the last checkpoint is "
+        "good: lower lr or clip_norm in the recipe, or try --dtype float64"
+    )
