@@ -12,8 +12,10 @@ from hairpin.models.video_dit.model import (
     angles,
     from_patches,
     grid_places,
+    last_given_frames,
     rotate,
     to_patches,
+    to_surroundings,
 )
 
 
@@ -76,6 +78,21 @@ def test_patches_round_trip():
     assert patches.shape == (2, 3, 6, 16)
     assert torch.equal(patches[1, 2, 4], video[1, 2, 4:8, 4:8].flatten())
     assert torch.equal(from_patches(patches, 4, 2, 3), video)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_surroundings_are_centred_on_their_patch(size):
+    frames = torch.randn(1, 1, 2 * size, 3 * size)
+    margin = size // 2
+    squares = to_surroundings(frames, size).view(1, 6, size + 2 * margin, size + 2 * margin)
+    inner = squares[:, :, margin : margin + size, margin : margin + size]
+    assert torch.equal(inner.flatten(2), to_patches(frames, size)[0])
+
+
+def test_every_frame_sees_the_last_given_ones():
+    video = torch.arange(5.0).expand(3, 5)[:, :, None, None]
+    given = torch.arange(5) < torch.tensor([3, 1, 0])[:, None]
+    assert last_given_frames(video, given).flatten(1).tolist() == [[2, 1], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("argument", range(4))

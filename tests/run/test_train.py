@@ -59,7 +59,7 @@ def worst(ours: list[float], theirs: list[float]) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def warmed():
-    warm()
+    warm("sklearn.datasets")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def kill_at(step: int):
     return hook
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (3, 1)), ((2, 1), (1, 3)), ((1, 3), (1, 1))])
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (3, 1)), ((1, 3), (1, 1))])
 def test_a_killed_run_goes_on_with_other_ranks_on_the_same_curve(
     tmp_path, reference, before, after
 ):

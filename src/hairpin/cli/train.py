@@ -221,7 +221,7 @@ def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any)
         if ranks == 1:
             torch.set_num_threads(threads)
             return program(*args, **kwargs)
-        warm()
+        warm("sklearn.datasets")
         try:
             return launch(program, ranks, *args, threads=threads, **kwargs)[0]
         except RankFailed as failure:

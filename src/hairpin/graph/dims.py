@@ -6,9 +6,10 @@ split dim is one it treats position by position (right on a part) or computes al
 part). An operation without a rule is refused where it meets a split.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
+from math import prod
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Pair:
 
 
 Rule = Callable[[Pair], str | None]
+Place = tuple[int, int]
 
 
 def differing(whole: Shape, part: Shape) -> list[int]:
@@ -62,20 +64,23 @@ _STRIDES_ONLY = frozenset(
 )
 
 
-def first_fault(whole: Sequence[OpCall], part: Sequence[OpCall]) -> Fault | None:
+def first_fault(
+    whole: Sequence[OpCall], part: Sequence[OpCall], *, passed_over: Container[Place] = ()
+) -> Fault | None:
     """The first reason why the run on a part is not a part of the run on the whole.
 
-    Compared place by place. Where a rank's part is empty nothing can come out wrong, and kernels
-    take other ways, so those places are passed over.
+    Args:
+        passed_over: places where this rank's part is empty: nothing can come out wrong there, and
+            kernels take other ways.
     """
     by_place = {place: list(calls) for place, calls in groupby(part, lambda call: call.place)}
     for place, calls in groupby(whole, lambda call: call.place):
         theirs = by_place.pop(place, [])
-        if not any(0 in shape for call in theirs for shape in (*call.shapes, *call.results)):
-            fault = _first_fault_at(calls, theirs)
-            if fault is not None:
-                return fault
-    return _diverged(None, next(iter(by_place.values()))[0]) if by_place else None
+        fault = None if place in passed_over else _first_fault_at(calls, theirs)
+        if fault is not None:
+            return fault
+    left = [calls[0] for place, calls in by_place.items() if place not in passed_over]
+    return _diverged(None, left[0]) if left else None
 
 
 def _first_fault_at(whole: Iterable[OpCall], part: Iterable[OpCall]) -> Fault | None:
@@ -110,34 +115,119 @@ def _diverged(whole: OpCall | None, part: OpCall | None) -> Fault:
 
 def _judge(pair: Pair) -> str | None:
     """Why this call is wrong on a part, or None."""
+    name = pair.whole.name
+    number = _changed_number(pair)
+    if number is not None:
+        return f"{name} is given {number}, a number taken from a length that is split"
     inputs = list(zip(pair.whole.shapes, pair.part.shapes, strict=False))
     outputs = list(zip(pair.whole.results, pair.part.results, strict=False))
     if all(whole == part for whole, part in (*inputs, *outputs)):
         return None
     if any(len(whole) != len(part) for whole, part in (*inputs, *outputs)):
-        return f"{pair.whole.name} gives tensors of different rank on the whole and on a part"
-    rule = _RULES.get(pair.whole.name.removeprefix("aten."))
+        return f"{name} gives tensors of different rank on the whole and on a part"
+    rule = _RULES.get(name.removeprefix("aten."))
     if rule is None and torch.Tag.pointwise in pair.whole.tags:
         rule = _pointwise
     if rule is None and pair.whole.is_view:
         rule = _follows
     if rule is None:
-        return f"it uses {pair.whole.name}, for which Hairpin has no rule, on a split tensor"
+        return f"it uses {name}, for which Hairpin has no rule, on a split tensor"
+    if rule not in (_positions, _random, _constant) and all(w == p for w, p in inputs):
+        return f"{name} takes a part of a whole tensor by a length that is split"
     return rule(pair)
+
+
+# Arguments that give lengths, which are compared through the shapes that come out.
+_LENGTHS = frozenset(["size", "shape", "sizes", "split_sizes", "output_size", "length", "N", "HxW"])
+
+
+def _changed_number(pair: Pair) -> str | None:
+    """The first plain argument that differs between the runs, as ``name=whole or part``."""
+    if pair.whole.name == "reshape":
+        return None
+    for name, ours in pair.whole.arguments.items():
+        theirs = pair.part.arguments.get(name)
+        is_length = name in _LENGTHS or (name == "end" and pair.whole.name == "aten.slice")
+        if not is_length and not _is_tensor(pair, name) and ours != theirs:
+            return f"{name}={ours} on the whole and {name}={theirs} on a part"
+    return None
+
+
+def _is_tensor(pair: Pair, name: str) -> bool:
+    """Whether an argument holds tensors, which stand as shapes among the arguments."""
+    value = pair.whole.arguments[name]
+    leaves = value if isinstance(value, list) else [value]
+    return any(isinstance(leaf, tuple) and leaf in pair.whole.shapes for leaf in leaves)
 
 
 # Rules. Each gives a reason, or None where the call is right on a part.
 
 
+def _constant(pair: Pair) -> str | None:
+    """The same value at every position, however many there are."""
+    return None
+
+
 def _follows(pair: Pair) -> str | None:
     """Position by position; the split comes out as it went in."""
+    before = sum(map(len, map(differing, pair.whole.shapes, pair.part.shapes)))
+    after = len(differing(pair.whole.results[0], pair.part.results[0]))
+    if before and not after:
+        return f"{pair.whole.name} gives it the whole length again: a hard-coded length"
     return None
+
+
+def _reshaped(pair: Pair) -> str | None:
+    """Merging dims and taking them apart again; not regrouping across a split one."""
+    whole = _segments(pair.whole.shapes[0], pair.whole.results[0])
+    source = (pair.whole.shapes[0], pair.part.shapes[0])
+    result = (pair.whole.results[0], pair.part.results[0])
+    for before, after in whole:
+        lengths = [[shape[d] for d in before] for shape in source]
+        new = [[shape[d] for d in after] for shape in result]
+        if lengths[0] == lengths[1] and new[0] == new[1]:
+            continue
+        regrouped = len(before) > 1 and len(after) > 1
+        uneven = prod(lengths[1]) != prod(new[1])
+        moved = sum(map(int.__ne__, *new)) != 1 or sum(map(int.__ne__, *lengths)) != 1
+        if regrouped or uneven or moved:
+            return (
+                f"{pair.whole.name} from {source[0]} to {result[0]} regroups it with other dims "
+                f"(on a part, from {source[1]} to {result[1]}): a hard-coded length, or a view "
+                "across dims"
+            )
+    return None
+
+
+def _segments(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dims before and after a reshape that hold the same elements."""
+    segments: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        i, j = i + len(left), j + len(right)
+        while prod(before[d] for d in left) != prod(after[d] for d in right):
+            if prod(before[d] for d in left) < prod(after[d] for d in right) and i < len(before):
+                left.append(i)
+                i += 1
+            elif j < len(after):
+                right.append(j)
+                j += 1
+            else:
+                left.extend(range(i, len(before)))
+                i = len(before)
+                break
+        segments.append((left, right))
+    return segments
 
 
 def _pointwise(pair: Pair) -> str | None:
     """Broadcasting: at each dim every operand that is longer than 1 is split alike."""
-    shapes = list(zip(pair.whole.shapes, pair.part.shapes, strict=True))
-    rank = max(len(whole) for whole, _ in shapes)
+    return _broadcast(pair, list(zip(pair.whole.shapes, pair.part.shapes, strict=True)))
+
+
+def _broadcast(pair: Pair, shapes: Sequence[tuple[Shape, Shape]]) -> str | None:
+    rank = max((len(whole) for whole, _ in shapes), default=0)
     for position in range(1, rank + 1):
         lengths = {
             (whole[-position], part[-position])
@@ -153,26 +243,71 @@ def _pointwise(pair: Pair) -> str | None:
 
 
 def _along(*names: str, every: bool = False) -> Rule:
-    """Computes along the dims in argument ``names``; all dims if absent and ``every``."""
+    """Computes along the dims in the arguments ``names``; along all if they name none.
+
+    ``every`` says so of an absent or empty argument, as reductions have it.
+    """
 
     def rule(pair: Pair) -> str | None:
         tensor = "self" if "self" in pair.whole.arguments else "input"
         rank = len(pair.shapes(tensor)[0])
-        given = [pair.get(name) for name in names if pair.get(name) is not None]
-        dims = _as_list(given[0]) if given and given[0] != [] else []
+        dims = [d for n in names if pair.get(n) is not None for d in _as_list(pair.get(n))]
         if not dims:
-            dims = list(range(rank)) if every else [0 if not given else rank - 1]
+            dims = list(range(rank)) if every else [rank - 1]
         wrong = {d % max(rank, 1) for d in dims} & set(pair.split(tensor))
         return f"{pair.whole.name} computes along it" if wrong else None
 
     return rule
 
 
+def _last_two(pair: Pair) -> str | None:
+    rank = len(pair.shapes("self")[0])
+    wrong = {rank - 2, rank - 1} & set(pair.split("self"))
+    return f"{pair.whole.name} computes along it" if wrong else None
+
+
+def _expanded(pair: Pair) -> str | None:
+    """A dim of length 1 repeated: right for a whole one at any length, for a split one never."""
+    (whole, part), results = pair.shapes("self"), (pair.whole.results[0], pair.part.results[0])
+    for back in range(1, len(whole) + 1):
+        pair_in, pair_out = (whole[-back], part[-back]), (results[0][-back], results[1][-back])
+        if pair_in[0] != pair_in[1] and pair_in != pair_out:
+            return "expand gives it the whole length again: a hard-coded length"
+    return None
+
+
+def _alike(*names: str, but: str | None = None) -> Rule:
+    """Operands ``names`` must be split alike, and not along the dim in argument ``but``."""
+
+    def rule(pair: Pair) -> str | None:
+        splits = [pair.split(n) for n in names if isinstance(pair.whole.arguments.get(n), tuple)]
+        if any(split != splits[0] for split in splits):
+            return f"{pair.whole.name} meets split operands with whole ones"
+        dim = pair.get(but, 0) % max(len(pair.shapes(names[0])[0]), 1) if but else None
+        return f"{pair.whole.name} computes along it" if dim in splits[0] else None
+
+    return rule
+
+
+def _gathered(pair: Pair) -> str | None:
+    """Looks up along a whole dim, at any number of places; other dims alike."""
+    dim = pair.get("dim", 0) % max(len(pair.shapes("self")[0]), 1)
+    if dim in pair.split("self"):
+        return "aten.gather looks up positions along it"
+    if {d for d in pair.split("index") if d != dim} != set(pair.split("self")):
+        return "aten.gather meets split operands with whole ones"
+    return None
+
+
+def _refused(pair: Pair) -> str | None:
+    return f"{pair.whole.name} on a split tensor is not understood"
+
+
 def _along_if_changed(pair: Pair) -> str | None:
     """Takes a range of positions along ``dim``: right only where it takes all of them."""
-    dim = pair.get("dim", 0) % len(pair.shapes("self")[0])
+    dim = pair.get("dim", pair.get("dimension", 0)) % len(pair.shapes("self")[0])
     if dim not in pair.split("self"):
-        return None
+        return _follows(pair)
     kept = all(
         result[dim] == source[dim]
         for source, result in (
@@ -303,7 +438,14 @@ def _batch_norm(pair: Pair) -> str | None:
 
 def _convolution(pair: Pair) -> str | None:
     kernel = pair.shapes("weight")[0][2:]
-    wrong = [d for d in pair.split("input") if d == 1 or (d > 1 and kernel[d - 2] != 1)]
+    plain = not pair.get("transposed", False)
+    stride, padding = _as_list(pair.get("stride", [1])), _as_list(pair.get("padding", [0]))
+
+    def is_pointwise(d: int) -> bool:
+        at = [values[(d - 2) % len(values)] for values in (list(kernel), stride, padding)]
+        return plain and at == [1, 1, 0]
+
+    wrong = [d for d in pair.split("input") if d == 1 or (d > 1 and not is_pointwise(d))]
     return f"{pair.whole.name} mixes neighbours along it" if wrong else None
 
 
@@ -321,7 +463,9 @@ def _indexed(pair: Pair) -> str | None:
     touched = {d for d, index in enumerate(pair.get("indices", [])) if index is not None}
     if touched & set(pair.split("self")):
         return f"{pair.whole.name} looks up positions along it"
-    return None
+    if pair.split("self") and any(map(differing, pair.whole.shapes[1:], pair.part.shapes[1:])):
+        return f"{pair.whole.name} looks up split positions in a split tensor"
+    return _broadcast(pair, list(zip(pair.whole.shapes[1:], pair.part.shapes[1:], strict=True)))
 
 
 def _joined(pair: Pair) -> str | None:
@@ -386,14 +530,23 @@ _RULES = _table(
     (
         _follows,
         (
-            "permute transpose t unsqueeze squeeze expand expand_as _to_copy lift_fresh "
-            "lift_fresh_copy zeros ones empty full "
-            "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full "
-            "scalar_tensor view_as_real view_as_complex empty_strided new_empty_strided fill "
-            "fill_ zero_ "
-            "_conj unsqueeze_ squeeze_ t_ transpose_"
+            "permute transpose t unsqueeze squeeze _to_copy zeros_like ones_like empty_like "
+            "full_like view_as_real view_as_complex fill fill_ zero_ _conj unsqueeze_ squeeze_ t_ "
+            "transpose_ expand_as"
         ),
     ),
+    (
+        _expanded,
+        "expand",
+    ),
+    (
+        _constant,
+        (
+            "zeros ones empty full new_zeros new_ones new_empty new_full scalar_tensor "
+            "empty_strided new_empty_strided lift_fresh lift_fresh_copy"
+        ),
+    ),
+    (_reshaped, "reshape"),
     (_pointwise, "copy_ copy where masked_fill masked_fill_ lerp bitwise_and bitwise_or"),
     (_along("dim", every=True), _REDUCED),
     (
@@ -405,14 +558,18 @@ _RULES = _table(
         (
             "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod "
             "logcumsumexp cummax "
-            "cummin sort topk kthvalue gather scatter scatter_add index_select index_add glu "
-            "select "
-            "unbind split split_with_sizes chunk index_copy scatter_ select_scatter slice_scatter"
+            "cummin sort topk kthvalue index_select glu select unbind split split_with_sizes chunk"
         ),
     ),
-    (_along("dims"), "flip roll"),
+    (_along("dims", every=True), "flip roll"),
+    (_gathered, "gather"),
+    (_alike("self", "index", "src", but="dim"), "scatter scatter_ scatter_add scatter_add_"),
+    (_alike("self", "source", but="dim"), "index_add index_add_ index_copy index_copy_"),
+    (_alike("self", "src", but="dim"), "select_scatter slice_scatter"),
+    (_refused, "index_put index_put_ as_strided masked_scatter masked_scatter_"),
     (_along_if_changed, "slice narrow unfold"),
-    (_along("dim1", every=True), "diagonal tril triu trace"),
+    (_along("dim1", "dim2"), "diagonal"),
+    (_last_two, "tril triu trace"),
     (_linear, "linear"),
     (_matmul, "matmul"),
     (_einsum, "einsum"),
@@ -440,7 +597,7 @@ _RULES = _table(
     (_batch_norm, "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm"),
     (_convolution, "convolution"),
     (_whole("weight"), "embedding"),
-    (_indexed, "index index_put index_put_ _unsafe_index"),
+    (_indexed, "index _unsafe_index"),
     (_joined, "cat stack"),
     (_repeated, "repeat tile"),
     (_padded, "constant_pad_nd pad"),

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 Shape = tuple[int, ...]
+_MOST_VALUES = 4096  # of a constant made from Python numbers, which are compared between runs
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class OpCall:
 
     Attributes:
         name: overload packet, such as ``"aten.addmm"``, or ``"linear"``, ``"matmul"``,
-            ``"einsum"``, which are kept whole.
+            ``"einsum"``, ``"reshape"``, which are kept whole.
         module: path of the innermost module running, ``""`` for the root.
         place: how many stages had begun and how many had ended, set by the planner's hooks.
-        arguments: the call's arguments by schema name (of those three: by position), each tensor
-            replaced by its ``Shape``.
+        arguments: the call's arguments by schema name, defaults included (of those four: by
+            position), each tensor replaced by its ``Shape``.
         shapes: shapes of all tensor inputs, in order.
         results: shapes of all tensor outputs.
         sources: names of parameters and buffers among the inputs.
@@ -89,8 +91,7 @@ class _Recorder(TorchDispatchMode):
             if self.muted:
                 self.muted_flops += flops
             else:
-                names = [argument.name for argument in func._schema.arguments]
-                arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+                arguments = _by_name(func, args, kwargs)
                 self._write(str(func.overloadpacket), arguments, out, flops, func)
         return out
 
@@ -157,8 +158,19 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+_RESHAPES = (
+    torch.reshape,
+    torch.flatten,
+    torch.Tensor.reshape,
+    torch.Tensor.reshape_as,
+    torch.Tensor.flatten,
+    torch.Tensor.unflatten,
+    torch.Tensor.view_as,
+)
+
+
 class _Composites(TorchFunctionMode):
-    """Hands products to the recorder whole, before torch takes them apart.
+    """Hands products and reshapes to the recorder whole, before torch takes them apart.
 
     How it does so depends on strides and on lengths of 1, not only on what is computed.
     """
@@ -172,6 +184,7 @@ class _Composites(TorchFunctionMode):
             torch.Tensor.matmul: "matmul",
             torch.Tensor.__matmul__: "matmul",
             torch.einsum: "einsum",
+            **dict.fromkeys(_RESHAPES, "reshape"),
         }
 
     def __torch_function__(
@@ -182,9 +195,23 @@ class _Composites(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = self.names.get(func)
+        if func is torch.Tensor.view and not any(isinstance(a, torch.dtype) for a in args):
+            name = "reshape"
         if name is None:
             return func(*args, **(kwargs or {}))
         return self.recorder.composite(name, func, args, kwargs or {})
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by schema name with defaults filled in; a constant's values under ``"value"``."""
+    schema = func._schema.arguments
+    arguments = {argument.name: argument.default_value for argument in schema}
+    arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
+    if func.overloadpacket in (torch.ops.aten.lift_fresh, torch.ops.aten.lift_fresh_copy):
+        constant = args[0]
+        if not isinstance(constant, FakeTensor) and constant.numel() <= _MOST_VALUES:
+            arguments["value"] = constant.tolist()
+    return arguments
 
 
 @contextmanager
@@ -223,8 +250,6 @@ def fake_inputs(example: Any, device: torch.device) -> Iterator[Any]:
 
     Parameters of the model may stay real or on the meta device; nothing is computed or allocated.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield tree_map_only(
             Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), example

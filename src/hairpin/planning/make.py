@@ -295,7 +295,9 @@ class _Search:
         runs: list[Run] = []
         for rank in _distinct_ranks(candidate):
             run = rehearse(self.model, self.example, self.table, candidate, rank)
-            fault = run.fault or first_fault(whole_ops, run.ops(self.model))
+            fault = run.fault or first_fault(
+                whole_ops, run.ops(self.model), passed_over=_empty_places(candidate, rank)
+            )
             if fault is None and run.outputs != self.whole.outputs:
                 count = len(candidate.stages)
                 fault = Fault(None, "", (count, count), "the model's output keeps the split shape")
@@ -478,6 +480,19 @@ def _distinct_ranks(candidate: Plan) -> list[int]:
         lengths = (shard_sizes(candidate.sizes[d], candidate.degree)[rank] for d in sorted(dims))
         seen.setdefault(tuple(lengths), rank)
     return list(seen.values())
+
+
+def _empty_places(candidate: Plan, rank: int) -> set[tuple[int, int]]:
+    """Where ``rank`` holds nothing: inside stage i is place (i + 1, i), before it (i, i)."""
+
+    def is_empty(dim: Held) -> bool:
+        if dim is None:
+            return False
+        return shard_sizes(candidate.sizes[dim], candidate.degree)[rank] == 0
+
+    inside = {(i + 1, i) for i, stage in enumerate(candidate.stages) if is_empty(stage.held)}
+    after = {(i + 1, i + 1) for i, stage in enumerate(candidate.stages) if is_empty(stage.leave)}
+    return inside | after
 
 
 def _torn(chain: _Chain, path: Sequence[Held]) -> set[str]:

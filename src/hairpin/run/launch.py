@@ -68,12 +68,15 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def warm() -> None:
+def warm(*names: str) -> None:
     """Import what every rank would at its first step, once, before they are forked.
 
     Planning and measuring use torch's symbolic machinery, which takes seconds to import.
+
+    Args:
+        names: further modules that the ranks will need.
     """
-    for name in ("torch._dynamo", "torch.distributed.checkpoint.state_dict"):
+    for name in ("torch._dynamo", "torch.distributed.checkpoint.state_dict", *names):
         import_module(name)
 
 

@@ -236,7 +236,7 @@ class _Run:
             clips.labels.to(self.device),
             index=index,
             seed=recipe.seed,
-            given_frames=recipe.training_given_frames,
+            given_frames=recipe.given_frames,
             null_label=recipe.model.classes,
             label_dropout=recipe.label_dropout,
         )

@@ -4,10 +4,13 @@ Peebles & Xie (2023), "Scalable Diffusion Models with Transformers": adaptive la
 zero-initialised gates (adaLN-Zero). Ma et al. (2024), "Latte", variant 1: blocks that attend along
 the patches of a frame alternate with blocks that attend along the frames of a patch. Su et al.
 (2021), "RoFormer": rotary position embedding, here by frame, and by row and column of the patch.
+Blattmann et al. (2023), "Stable Video Diffusion": every frame sees the given ones as more channels
+of its input.
 
 Dims: b batch, t frames, h height, w width, s patches of a frame, c channels, e channels of the
 condition, p pixels of a patch, n heads, d channels of a head, l positions attended along, k labels
-of a clip (or coordinates of a position).
+of a clip (or coordinates of a position), a features of a frame's age,
+q pixels of the surroundings of a patch.
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hairpin.errors import DataError, RecipeError
+
+CONTEXT_FRAMES = 2  # given frames that every frame sees: a place and a velocity
+AGE_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,10 @@ class VideoDiT(nn.Module):
         self.config = config
         c, e, p = config.channels, config.condition_channels, config.patch_size**2
 
-        self.patch_embed = nn.Linear(p + 1, c)  # a patch's pixels, and whether its frame is given
+        self.patch_embed = nn.Linear(p, c)
+        surroundings = (config.patch_size + 2 * (config.patch_size // 2)) ** 2
+        self.context_embed = nn.Linear(CONTEXT_FRAMES * surroundings, c)
+        self.age_embed = nn.Linear(2 * AGE_PAIRS, c)
         self.positions = nn.Parameter(torch.empty(*config.grid, c))
         self.noise_embed = NoiseLevelEmbedding(e)
         self.label_embed = nn.Embedding(config.classes + 1, e)
@@ -129,9 +138,10 @@ class VideoDiT(nn.Module):
             )
         rows, columns = height // size, width // size
 
-        patches = to_patches(video, size)  # [b, t, s, p]
-        is_given = given[:, :, None, None].to(video.dtype).expand(*patches.shape[:3], 1)
-        x = self.patch_embed(torch.cat([patches, is_given], dim=-1))  # [b, t, s, c]
+        context = to_surroundings(last_given_frames(video, given), size)  # [b, s, k]
+        x = self.patch_embed(to_patches(video, size))  # [b, t, s, c]
+        x = x + self.context_embed(context)[:, None]
+        x = x + self.age_embed(age_features(given, like=x))[:, :, None]
         x = x + resize_positions(self.positions, rows, columns)
         cond = self.noise_embed(noise_level) + self.label_embed(labels).sum(dim=1)  # [b, e]
 
@@ -300,6 +310,30 @@ class NoiseLevelEmbedding(nn.Module):
         frequency = 1000.0 ** (1 - half / (self.channels // 2))  # 1000 .. about 1
         angle = noise_level[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))  # type: ignore[no-any-return]
+
+
+def last_given_frames(
+    video: Float[Tensor, "b t h w"], given: Bool[Tensor, "b t"]
+) -> Float[Tensor, "b k h w"]:
+    """The last given frame, the one before it, ...; zeros if none is given."""
+    back = torch.arange(CONTEXT_FRAMES, device=video.device)
+    number = (given.sum(dim=1)[:, None] - 1 - back).clamp(min=0)  # given frames are the first
+    return video.take_along_dim(number[:, :, None, None], dim=1) * given[:, :1, None, None]
+
+
+def to_surroundings(frames: Float[Tensor, "b k h w"], size: int) -> Float[Tensor, "b s q"]:
+    """Every patch with half a patch around it; zeros beyond the edges."""
+    margin = size // 2
+    squares = functional.unfold(frames, size + 2 * margin, padding=margin, stride=size)
+    return squares.transpose(1, 2)
+
+
+def age_features(given: Bool[Tensor, "b t"], *, like: Tensor) -> Float[Tensor, "b t a"]:
+    """Cosines and sines of how many frames ago the last given frame was: 0 for a given one."""
+    age = (~given).cumsum(dim=1).to(like.dtype)
+    pair = torch.arange(AGE_PAIRS, device=like.device, dtype=like.dtype)
+    angle = age[..., None] * 100.0 ** (-pair / AGE_PAIRS)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def grid_places(rows: int, columns: int, *, like: Tensor) -> Float[Tensor, "s 2"]:

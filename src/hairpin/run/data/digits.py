@@ -27,13 +27,18 @@ Split = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """What the clips are like; lengths in pixels of the canvas, speeds in pixels per frame."""
+    """What the clips are like; lengths in pixels of the canvas, speeds in pixels per frame.
+
+    Motion ``"diagonal"`` goes one whole pixel down or up and one across per frame, from a whole
+    pixel; ``"free"`` goes at any angle, at a speed between ``min_speed`` and ``max_speed``.
+    """
 
     frames: int = 16
     height: int = 12
     width: int = 12
     glyph_size: float = 8.0
     digits: int = 1
+    motion: Literal["diagonal", "free"] = "diagonal"
     min_speed: float = 0.25
     max_speed: float = 0.75
 
@@ -97,14 +102,27 @@ class MovingDigits:
         """Top left corners (y, x) over time: straight lines that bounce off the edges."""
         config = self.config
         room = np.array([config.height, config.width]) - config.glyph_size  # [2]
+        if config.motion == "diagonal":
+            start = np.floor(chance[..., 1:3] * (np.floor(room) + 1))
+            velocity = np.where(chance[..., 3:5] < 0.5, -1.0, 1.0)  # [b, k, 2]
+            return _bounce(start, velocity, room, config.frames)
         speed = config.min_speed + (config.max_speed - config.min_speed) * chance[..., 3]
         angle = 2 * np.pi * chance[..., 4]
         velocity = speed[..., None] * np.stack([np.sin(angle), np.cos(angle)], axis=-1)  # [b, k, 2]
+        return _bounce(chance[..., 1:3] * room, velocity, room, config.frames)
 
-        frame = np.arange(config.frames)[:, None]  # [t, 1]
-        straight = chance[..., None, 1:3] * room + frame * velocity[..., None, :]
-        corner: Float64[ndarray, "b k t 2"] = room - np.abs(room - straight % (2 * room))
-        return corner
+
+def _bounce(
+    start: Float64[ndarray, "b k 2"],
+    velocity: Float64[ndarray, "b k 2"],
+    room: Float64[ndarray, " 2"],
+    frames: int,
+) -> Float64[ndarray, "b k t 2"]:
+    """Straight lines in time, folded back at 0 and at ``room``."""
+    frame = np.arange(frames)[:, None]  # [t, 1]
+    straight = start[..., None, :] + frame * velocity[..., None, :]
+    corner: Float64[ndarray, "b k t 2"] = room - np.abs(room - straight % (2 * room))
+    return corner
 
 
 def load_glyphs(split: Split) -> tuple[Float64[ndarray, "n g g"], Int64[ndarray, " n"]]:

@@ -1,0 +1,198 @@
+"""The report holds all it shows, asks nothing of a network, and escapes what it is given."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from hairpin.errors import OutputError
+from hairpin.planning.plan import Move, Plan, Stage
+from hairpin.planning.seam import Seam
+from hairpin.report import Report, environment, write_report
+from hairpin.report.chart import loss_chart, running_mean
+
+METRICS = [
+    {
+        "step": step,
+        "loss": 2.0 / step,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "samples_per_s": 8.0,
+        "bytes_sent": [3072, 1024],
+        "peak_memory_bytes": [5 * 2**20, 2**20],
+        "time_s": 0.5,
+    }
+    for step in range(1, 101)
+]
+SWITCH = Move(
+    "stream",
+    before=True,
+    src="b t/sp s c",
+    dst="b t s/sp c",
+    bytes_by_rank=(2048, 1024),
+    time_s=2e-3,
+)
+PLAN = Plan(
+    model="Video",
+    fingerprint="0",
+    axis="sp",
+    degree=2,
+    sizes={"b": 1, "t": 4, "s": 4, "c": 8},
+    inputs={},
+    training=True,
+    stages=(
+        Stage("blocks.0.spatial", Seam("b t [s] c"), arrive="t", held="t", leave="t"),
+        Stage("blocks.0.temporal", Seam("b [t] s c"), "t", "s", "s", moves=(SWITCH,)),
+    ),
+    notes=("'head' cannot run on a part of dim 't': it has an average along it",),
+    peak_bytes=1024,
+    whole_peak_bytes=4096,
+)
+VOID = {"meta", "img", "br", "path", "use", "rect", "circle", "line"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; checks that what is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def report(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "film.gif")
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "sheet.png")
+    return Report(
+        title="digits",
+        command="hairpin train video --ranks 2",
+        recipe={"name": "digits", "model": {"channels": 64}, "betas": (0.9, 0.99)},
+        metrics=METRICS,
+        plan=PLAN,
+        mesh={"dp": 1, "sp": 2},
+        film=tmp_path / "film.gif",
+        sheet=tmp_path / "sheet.png",
+        figures=[("likeness", "20.1 dB")],
+        environment=[("torch", "2.13.0")],
+    )
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(report: Report) -> str:
+        write_report(tmp_path / "report.html", report)
+        return (tmp_path / "report.html").read_text()
+
+    return write
+
+
+def test_the_page_asks_nothing_of_a_network(report, written):
+    text = written(report)
+    assert "http" not in text
+    assert "@import" not in text
+    page = Page(text)
+    sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert len(sources) >= 2
+    assert all(value.startswith(("data:", "#")) for value in sources)
+    assert "<script" not in text
+
+
+def test_the_page_shows_the_run(report, written):
+    text = Page(written(report)).text
+    for words in [
+        "dp 1, sp 2",
+        "20.1 dB",
+        "blocks.0.temporal",
+        "b t/sp s c",
+        "2.00 KiB",
+        "2.00 ms",
+        "hairpin train video --ranks 2",
+        "model.channels",
+        "torch",
+        "5.00 MiB",
+        "'head' cannot run on a part of dim 't'",
+    ]:
+        assert words in text
+    assert "stays as it is" in text  # the stage without a move
+
+
+def test_the_largest_rank_fills_its_bar(report, written):
+    shares = re.findall(r"--share: ([\d.]+)%", written(report))
+    assert shares == ["100.0", "100.0", "33.3", "20.0"]
+
+
+def test_both_pictures_are_within(report, written):
+    text = written(report)
+    assert "data:image/gif;base64,R0lGOD" in text
+    assert "data:image/png;base64,iVBOR" in text
+
+
+def test_a_run_on_one_rank_says_that_nothing_was_split(report, written):
+    text = Page(written(replace(report, plan=None))).text
+    assert "The model was not split" in text
+
+
+def test_a_report_without_samples_or_metrics_is_whole(report, written):
+    bare = replace(report, film=None, sheet=None, metrics=[], plan=None)
+    text = Page(written(bare)).text
+    assert "Samples" not in text
+    assert "Bytes and memory" not in text
+
+
+def test_text_is_escaped(report, written):
+    text = written(replace(report, title="<script>x</script>", command="a && b"))
+    assert "<script" not in text
+    assert "a &amp;&amp; b" in text
+
+
+def test_a_folder_that_is_not_there_is_an_error(report, tmp_path):
+    with pytest.raises(OutputError, match="cannot write the report to .*No such file"):
+        write_report(tmp_path / "absent" / "report.html", report)
+
+
+def test_the_environment_names_versions_and_no_person():
+    rows = dict(environment())
+    assert {"hairpin", "Python", "torch", "system", "processor"} <= set(rows)
+    assert not any("/" in value for value in rows.values())
+
+
+# ------------------------------------------------------------------------------------------- chart
+
+
+def test_the_chart_takes_its_colours_from_the_page():
+    svg = loss_chart(METRICS)
+    assert svg.startswith("<svg")
+    assert "var(--accent)" in svg
+    assert "var(--ink)" in svg
+    assert "#010203" not in svg
+    assert ">step</text>" in svg  # text stays text
+
+
+def test_the_chart_of_one_step_can_be_drawn():
+    assert "</svg>" in loss_chart(METRICS[:1])
+
+
+def test_the_running_mean():
+    assert running_mean([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
+    assert running_mean([1.0, 3.0], window=1) == [1.0, 3.0]
