@@ -33,6 +33,6 @@ def test_each_is_also_an_error_that_python_knows(name, kind):
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 def test_errors_travel_between_ranks(kind):
-    error = pickle.loads(pickle.dumps(kind("what was got, what is wrong, the fix")))
+    error = pickle.loads(pickle.dumps(kind("what was got, what is wrong, the fix")))  # noqa: S301  # our own
     assert type(error) is kind
     assert str(error) == "what was got, what is wrong, the fix"

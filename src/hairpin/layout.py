@@ -17,7 +17,7 @@ from typing import Protocol
 
 from hairpin.errors import LayoutError
 
-_TOKEN = re.compile(r"\(|\)|\[?[A-Za-z_][A-Za-z0-9_]*\]?(?:/[A-Za-z_][A-Za-z0-9_]*)?|1|\S+?")
+_TOKEN = re.compile(r"[()]|[^\s()]+")
 _DIM = re.compile(r"(\[?)([A-Za-z_][A-Za-z0-9_]*)(\]?)(?:/([A-Za-z_][A-Za-z0-9_]*))?")
 
 
@@ -90,10 +90,15 @@ class Pattern:
         """All dims, in memory order."""
         return tuple(dim for group in self.groups for dim in group)
 
-    def render(self, splits: Mapping[str, str] | None = None) -> str:
+    def render(self, splits: Mapping[str, str] | None = None, *, brackets: bool = True) -> str:
         """The pattern as text, with ``splits`` (dim -> axis) instead of its own."""
         splits = self.splits if splits is None else splits
-        words = [[f"{d}/{splits[d]}" if d in splits else d for d in group] for group in self.groups]
+
+        def word(dim: str) -> str:
+            name = f"[{dim}]" if brackets and dim in self.bracketed else dim
+            return f"{name}/{splits[dim]}" if dim in splits else name
+
+        words = [[word(dim) for dim in group] for group in self.groups]
         return " ".join(
             "1" if not w else w[0] if len(w) == 1 else f"({' '.join(w)})" for w in words
         )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+import hairpin.comm.grads
+import hairpin.comm.verbs  # noqa: F401  # hp loads names lazily: import once here, not in each rank
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.layout import Layout
 
@@ -96,5 +98,6 @@ def near(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> bool:
         return False
     if not want.numel():
         return True
+    got, want = got.detach(), want.detach()
     scale = max(float(want.abs().max()), 1e-300)
     return float((got - want).abs().max()) <= tolerance * scale

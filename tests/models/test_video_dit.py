@@ -183,6 +183,6 @@ def test_seams_name_real_modules(model):
 
 
 def test_digits_model_fits_its_checkpoint():
-    """Weights, their average and two moments in float32 stay under 8 MB."""
+    """Weights and average in float32 and two moments in bfloat16 stay under 8 MB, with room."""
     count = sum(p.numel() for p in VideoDiT(digits()).parameters())
-    assert 4 * 4 * count < 7.9e6
+    assert (4 + 4 + 2 + 2) * count < 7.5e6

@@ -25,7 +25,8 @@ class Case:
         example: arguments to plan with, where they are not those it runs with.
         prepare: done to both models before they run, such as switching checkpointing on.
         after: done to the split model only, after it was split, such as compiling its blocks.
-        turns: forwards whose backwards accumulate.
+        others: arguments of further forwards, whose gradients accumulate.
+        interleaved: whether all forwards come before the first backward.
     """
 
     name: str
@@ -36,7 +37,8 @@ class Case:
     example: Callable[[], Arguments] | None = None
     prepare: Callable[[nn.Module], Any] = lambda model: None
     after: Callable[[nn.Module], Any] = lambda model: None
-    turns: int = 1
+    others: Callable[[], list[Arguments]] = list
+    interleaved: bool = False
     words: Mapping[str, Any] = field(default_factory=dict)
 
     def but(self, name: str, **changes: Any) -> "Case":
@@ -86,18 +88,22 @@ def fresh(arguments: Arguments) -> Arguments:
     )
 
 
-def run(model: nn.Module, arguments: Arguments, turns: int = 1) -> Result:
-    """Forward and backward, ``turns`` times."""
-    args, kwargs = fresh(arguments)
-    output: Any = None
-    for _ in range(turns):
+def run(model: nn.Module, case: Case) -> Result:
+    """All forwards and backwards of the case."""
+    result = Result([], [], {})
+    pending = []
+    for arguments in [case.arguments(), *case.others()]:
+        args, kwargs = fresh(arguments)
         output = model(*args, **kwargs)
+        result.outputs += [leaf.detach().clone() for leaf in floats(output)]
+        pending.append((output, floats((args, kwargs))))
+        if not case.interleaved:
+            loss_of(output).backward()
+    for output, _ in pending if case.interleaved else []:
         loss_of(output).backward()
-    return Result(
-        [leaf.detach() for leaf in floats(output)],
-        [x.grad for x in floats((args, kwargs)) if x.grad is not None],
-        {name: p.grad for name, p in model.named_parameters()},
-    )
+    result.inputs = [x.grad for _, inputs in pending for x in inputs if x.grad is not None]
+    result.parameters = {name: p.grad for name, p in model.named_parameters()}
+    return result
 
 
 def mean_over_ranks(x: Tensor, mesh: hp.Mesh) -> Tensor:
@@ -111,6 +117,7 @@ def require_close(got: Tensor, wanted: Tensor, what: str, floor: float = 0.0) ->
     assert got.shape == wanted.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
     if not wanted.numel():
         return
+    got, wanted = got.detach(), wanted.detach()
     scale = max(float(wanted.norm()), floor, 1e-300)
     error = float((got - wanted).norm()) / scale
     assert error <= TOLERANCE, f"{what}: relative error {error:.2e}"
@@ -140,7 +147,7 @@ def truth_of(case: Case) -> Result:
     model = case.build()
     case.prepare(model)
     torch.manual_seed(12)
-    return run(model, case.arguments(), case.turns)
+    return run(model, case)
 
 
 def plan_for(case: Case, mesh: hp.Mesh) -> hp.Plan:
@@ -165,7 +172,7 @@ def split(case: Case, plan: hp.Plan, mesh: hp.Mesh) -> Result:
     if case.example is None:
         require_printed_bytes(model, plan, case, mesh)
     torch.manual_seed(12)
-    result = run(model, case.arguments(), case.turns)
+    result = run(model, case)
     hp.sync_grads(model, mesh)
     result.parameters = {
         name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()
@@ -178,8 +185,7 @@ def require_printed_bytes(model: nn.Module, plan: hp.Plan, case: Case, mesh: hp.
     """Raise unless one forward sends exactly the bytes that the plan prints for this rank."""
     args, kwargs = case.arguments()
     before = mesh.traffic.snapshot()
-    with torch.no_grad():
-        model(*args, **kwargs)
+    model(*args, **kwargs)
     sent = mesh.traffic.since(before).bytes_sent
     printed = plan.sent_bytes_by_rank[mesh.rank("sp")]
     assert sent == printed, f"{case.name}: sent {sent} bytes, the plan prints {printed}"

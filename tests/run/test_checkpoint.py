@@ -194,7 +194,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path, stage)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]  # nothing half done stays
 
 
-# ------------------------------------------------------------------------------------ wrong, damaged
+# ----------------------------------------------------------------------------------- wrong, damaged
 
 
 def test_a_checkpoint_of_another_model_lists_what_differs(saved):
@@ -285,7 +285,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
-    with pytest.raises(OutputError, match="cannot write the checkpoint of step 2 .*No space left"):
+    with pytest.raises(OutputError, match=r"the checkpoint of step 2 .*No space left"):
         checkpoint.save(tmp_path, new_state(), step=2, recipe=RECIPE)
     assert checkpoint.find(tmp_path).name == "step-00000001"
 

@@ -140,7 +140,9 @@ def test_no_ranks_is_an_error():
 
 
 def test_the_rank_that_raised_is_named_with_its_traceback():
-    with pytest.raises(RankFailure, match="rank 1 of 3 failed: ZeroDivisionError: my words") as info:
+    with pytest.raises(
+        RankFailure, match="rank 1 of 3 failed: ZeroDivisionError: my words"
+    ) as info:
         launch(raise_on, 3, 1, ZeroDivisionError("my words"), timeout_s=60)
     failure = info.value
     assert (failure.rank, failure.exit_code, failure.signal) == (1, 1, None)
@@ -182,7 +184,7 @@ def raise_(error: Exception) -> None:
 
 def test_a_result_that_cannot_be_pickled_is_an_error():
     with pytest.raises(RankFailure, match="the rank's result cannot be pickled"):
-        launch(lambda: (lambda: 0), 1, timeout_s=60)
+        launch(lambda: lambda: 0, 1, timeout_s=60)
 
 
 def test_a_users_error_is_handed_on_as_it_is():

@@ -3,7 +3,7 @@
 import pytest
 
 from hairpin.errors import DataError
-from hairpin.run.metrics import MetricsLog, StepMetrics, read
+from hairpin.run.metrics import MetricsLog, StepMetrics, read, thinned
 
 
 def row(step: int, loss: float = 1.0) -> StepMetrics:
@@ -59,6 +59,17 @@ def test_a_run_elsewhere_takes_its_history_along(tmp_path):
     write(tmp_path / "old.jsonl", range(1, 5))
     write(tmp_path / "new.jsonl", [4], after_step=3, history=tmp_path / "old.jsonl")
     assert [r["step"] for r in read(tmp_path / "new.jsonl")] == [1, 2, 3, 4]
+
+
+def test_thinned_rows_are_few_and_end_with_the_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 1001), loss=1.23456789)
+    (tmp_path / "thin.jsonl").write_text(thinned(read(path), most=100))
+    rows = read(tmp_path / "thin.jsonl")
+    assert [r["step"] for r in rows] == list(range(10, 1001, 10))
+    assert rows[0]["loss"] == 1.235
+    assert thinned([], most=5) == ""
+    assert thinned(read(path)[:3], most=5).count("\n") == 3
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):

@@ -62,6 +62,12 @@ def test_any_mesh_draws_the_same(run):
             assert torch.equal(samples.real, alone.real)
 
 
+def test_the_clips_show_as_many_digits_as_they_can(run):
+    (samples,) = on_ranks(run, 1, 1, count=12)
+    labels = samples.labels[:, 0].tolist()
+    assert len(set(labels[:10])) == len(set(labels)) >= 8
+
+
 def test_another_seed_draws_other_clips(run):
     (one,), (other,) = on_ranks(run, 1, 1), on_ranks(run, 1, 1, seed=1)
     assert not torch.equal(one.real, other.real)

@@ -19,7 +19,7 @@ def test_a_recipe_survives_json(recipe):
 
 def test_settings_of_another_kind_are_named():
     plain = settings.to_plain(tiny()) | {"colour": 3}
-    with pytest.raises(CheckpointError, match="not those of a VideoRecipe: .*'colour'"):
+    with pytest.raises(CheckpointError, match=r"not those of a VideoRecipe: .*'colour'"):
         settings.from_plain(VideoRecipe, plain)
 
 

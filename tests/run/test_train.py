@@ -1,4 +1,4 @@
-"""The same loss curve on any mesh, also over a kill and a resume; and errors before steps are spent.
+"""The same loss curve on any mesh, over a kill and a resume too; errors before steps are spent.
 
 Every training runs in launched ranks: this process must run no backward, for it forks.
 """
@@ -90,6 +90,12 @@ def test_a_rank_without_a_clip_takes_part(tmp_path):
     assert worst(ours, theirs) < 1e-10
 
 
+def test_one_clip_can_be_split(tmp_path):
+    recipe = replace(tiny(), batch_size=1, dtype="float64")
+    ours = run(tmp_path / "two", (1, 2), recipe=recipe, stop_step=2)
+    assert worst(ours, run(tmp_path / "one", recipe=recipe, stop_step=2)) < 1e-10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
 def test_fifty_steps_agree_on_one_two_and_three_ranks(tmp_path, dtype, tolerance):
@@ -177,10 +183,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_a_budget_that_is_too_small_stops_before_the_first_update(tmp_path):
-    error = error_of(tmp_path, (1, 2), budget="100KiB")
+    error = error_of(tmp_path, (1, 2), memory="100KiB")
     assert isinstance(error, MemoryBudgetError)
     assert "more than the 100.00 KiB that --memory allows; use more ranks than 2" in str(error)
     assert losses(tmp_path) == []
+
+
+def other_recipe_on_rank_1(out: Path) -> None:
+    mesh = init_mesh(dp=2, sp=1, timeout_s=60)
+    train(replace(tiny(), seed=mesh.global_rank), mesh, out)
+
+
+def test_ranks_that_are_given_different_recipes_all_refuse(tmp_path):
+    with pytest.raises(RankFailure, match=r"DisagreementError(.|\n)*also:\n  rank . failed: Disag"):
+        launch(other_recipe_on_rank_1, 2, tmp_path, timeout_s=60)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path):

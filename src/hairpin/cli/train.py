@@ -93,9 +93,10 @@ def video(
         resume=resume,
         fallback=fallback,
         out=out,
-        budget=memory,
+        memory=memory,
     )
-    outcome = on_ranks(run_training, job.dp * job.sp, job)
+    with _telling_how_to_go_on(job.out_dir):
+        outcome = on_ranks(run_training, job.dp * job.sp, job)
     if outcome is None:  # under torchrun, on all ranks but the first
         return
     written = finish(job, outcome)
@@ -115,7 +116,7 @@ def prepare(
     resume: Path | None,
     fallback: bool,
     out: Path | None,
-    budget: str | None,
+    memory: str | None,
 ) -> "TrainJob":
     """Everything that can be wrong is found here, before ranks start and a step is spent."""
     from hairpin.run import checkpoint, settings
@@ -123,8 +124,8 @@ def prepare(
     from hairpin.units import parse_bytes
 
     dp, sp = degrees(ranks, dp)
-    if budget is not None:
-        parse_bytes(budget)
+    if memory is not None:
+        parse_bytes(memory)
     source = info = None
     if resume is not None:
         source = checkpoint.find(resume, fallback=fallback)
@@ -151,7 +152,7 @@ def prepare(
         resume=source,
         first_step=first_step,
         last_step=last_step,
-        budget=budget,
+        memory=memory,
     )
 
 
@@ -237,10 +238,8 @@ def finish(job: "TrainJob", outcome: "TrainOutcome") -> dict[str, Any]:
     result, samples = outcome.result, outcome.samples
     film, sheet = write_pictures(job.out_dir, samples)
     report, rows = job.out_dir / "report.html", metrics.read(result.metrics)
-    figures = [
-        ("likeness of predictions", f"{samples.psnr_db:.1f} dB"),
-        ("of a film that stops", f"{samples.still_psnr_db:.1f} dB"),
-    ]
+    likeness = f"{samples.psnr_db:.1f} dB ({samples.still_psnr_db:.1f})"
+    figures = [("likeness (of a film that stops)", likeness)]
     write_report(
         report,
         Report(
@@ -300,6 +299,17 @@ def _require_extras() -> None:
 
 
 @contextmanager
+def _telling_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Whatever ends a run early: say how to go on from its last checkpoint."""
+    try:
+        yield
+    except BaseException:
+        if any(folder.glob("checkpoints/step-*")):
+            say(f"the last checkpoint is good; go on with: hairpin train video --resume {folder}")
+        raise
+
+
+@contextmanager
 def _terminable() -> Iterator[None]:
     """Let SIGTERM unwind this process, so that it ends its ranks first."""
 
@@ -312,6 +322,10 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True).show_cursor()  # the bar of a rank that was ended had hidden it
 
 
 def _leave_group() -> None:

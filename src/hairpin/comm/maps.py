@@ -92,8 +92,10 @@ class _Map:
     def _expand(self, x: Tensor) -> Tensor:
         return x.resolve_conj().resolve_neg().reshape(self._before.expanded)
 
-    def _empty(self, x: Tensor) -> Tensor:
-        return x.new_empty(self._after.expanded)
+    def _empty(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A result to fill, and a view of it with composite dims taken apart."""
+        out = x.new_empty(self._after.merged)
+        return out, out.view(self._after.expanded)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Slice(_Map):
     def start(self, x: Tensor) -> Land:
         dim = _split_dim(self.dst, self.link)
         part = self._before.part(self._expand(x), dim, self.link.rank)
-        result = part.reshape(self._after.merged).contiguous()
+        result = part.reshape(self._after.merged).clone(memory_format=torch.contiguous_format)
         return lambda: result
 
     def transpose(self) -> LinearMap:
@@ -116,9 +118,10 @@ class Embed(_Map):
 
     def start(self, x: Tensor) -> Land:
         dim = _split_dim(self.src, self.link)
-        out = x.new_zeros(self._after.expanded)
-        self._after.part(out, dim, self.link.rank).copy_(self._expand(x))
-        return lambda: out.view(self._after.merged)
+        out, parts = self._empty(x)
+        out.zero_()
+        self._after.part(parts, dim, self.link.rank).copy_(self._expand(x))
+        return lambda: out
 
     def transpose(self) -> LinearMap:
         return Slice(self.dst, self.src, self.link)
@@ -131,14 +134,14 @@ class Gather(_Map):
     def start(self, x: Tensor) -> Land:
         dim = _split_dim(self.src, self.link)
         part = self._expand(x).contiguous()
-        out = self._empty(x)
-        receives = [self._after.part(out, dim, peer) for peer in range(self.link.size)]
+        out, parts = self._empty(x)
+        receives = [self._after.part(parts, dim, peer) for peer in range(self.link.size)]
         wait = self.link.exchange([part] * self.link.size, receives, what=self._words)
         receives[self.link.rank].copy_(part)
 
         def land() -> Tensor:
             wait()
-            return out.view(self._after.merged)
+            return out
 
         return land
 
@@ -154,16 +157,16 @@ class ReduceScatter(_Map):
         dim = _split_dim(self.dst, self.link)
         whole = self._expand(x)
         sends = [self._before.part(whole, dim, peer) for peer in range(self.link.size)]
-        terms = [self._empty(x) for _ in sends]
+        outs, terms = zip(*(self._empty(x) for _ in sends), strict=True)
         wait = self.link.exchange(sends, terms, what=self._words)
         terms[self.link.rank].copy_(sends[self.link.rank])
 
         def land() -> Tensor:
             wait()
-            total = terms[0]
-            for term in terms[1:]:
+            total: Tensor = outs[0]
+            for term in outs[1:]:
                 total += term
-            return total.view(self._after.merged)
+            return total
 
         return land
 
@@ -178,15 +181,15 @@ class Switch(_Map):
     def start(self, x: Tensor) -> Land:
         src_dim, dst_dim = _split_dim(self.src, self.link), _split_dim(self.dst, self.link)
         part = self._expand(x)
-        out = self._empty(x)
+        out, parts = self._empty(x)
         sends = [self._before.part(part, dst_dim, peer) for peer in range(self.link.size)]
-        receives = [self._after.part(out, src_dim, peer) for peer in range(self.link.size)]
+        receives = [self._after.part(parts, src_dim, peer) for peer in range(self.link.size)]
         wait = self.link.exchange(sends, receives, what=self._words)
         receives[self.link.rank].copy_(sends[self.link.rank])
 
         def land() -> Tensor:
             wait()
-            return out.view(self._after.merged)
+            return out
 
         return land
 
@@ -249,19 +252,33 @@ class Chain:
 
 @dataclass(frozen=True)
 class Replicated:
-    """``forward``, whose result every rank uses alike, so that all cotangents are equal.
+    """``forward``, from whose result every rank goes on alike, so that all cotangents are equal.
 
-    The sum over ranks in its adjoint is then a multiplication by their number: no transfer.
+    The sum over ranks in its adjoint is then a multiplication by their number: ``stand_in`` does
+    the same without a transfer.
     """
 
     forward: LinearMap
-    backward: LinearMap
+    stand_in: LinearMap
 
     def start(self, x: Tensor) -> Land:
         return self.forward.start(x)
 
     def transpose(self) -> LinearMap:
-        return self.backward
+        return StandIn(self)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The adjoint of a :class:`Replicated`, whose own adjoint is that again."""
+
+    of: Replicated
+
+    def start(self, x: Tensor) -> Land:
+        return self.of.stand_in.start(x)
+
+    def transpose(self) -> LinearMap:
+        return self.of
 
 
 @dataclass(frozen=True)

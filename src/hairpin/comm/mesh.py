@@ -1,9 +1,10 @@
 """The mesh: named axes of ranks, live over torch.distributed or only a description for planning."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hairpin.errors import MeshError
+from hairpin.errors import CommError, MeshError
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -44,11 +45,16 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class _Live:
-    """The running side of a mesh: torch's mesh, process groups by axis, deadline, counters."""
+    """The running side of a mesh: torch's mesh, deadline, counters, and transfers under way.
+
+    Gloo gives up a message whose handle is dropped, and every later one with it; so transfers that
+    nobody awaits are kept here until they are done.
+    """
 
     device_mesh: DeviceMesh
     timeout_s: float
     traffic: Traffic = field(default_factory=Traffic)
+    in_flight: dict[int, Any] = field(default_factory=dict)
 
 
 class Mesh:
@@ -67,6 +73,7 @@ class Mesh:
         self._degrees = dict(degrees)
         self._live: _Live | None = None
         self._idle = Traffic()
+        self._keys = count()
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -102,6 +109,19 @@ class Mesh:
     def traffic(self) -> Traffic:
         """Counters of what this rank has sent over this mesh."""
         return self._live.traffic if self._live else self._idle
+
+    def keep(self, works: Sequence[dist.Work], buffers: object) -> Callable[[], None]:
+        """Hold a started transfer until it is done; the function returned lets go of it."""
+        in_flight = self._running().in_flight
+        for key in [k for k, (held, _) in in_flight.items() if all(w.is_completed() for w in held)]:
+            del in_flight[key]
+        key = next(self._keys)
+        in_flight[key] = (works, buffers)
+
+        def release() -> None:
+            in_flight.pop(key, None)
+
+        return release
 
     def size(self, axis: str) -> int:
         """Degree of ``axis``.
@@ -141,7 +161,7 @@ class Mesh:
         return f"Mesh({', '.join(f'{a}={n}' for a, n in self._degrees.items())})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mesh) and self._degrees == other._degrees
+        return isinstance(other, Mesh) and [*self._degrees.items()] == [*other._degrees.items()]
 
     def __hash__(self) -> int:
         return hash(tuple(self._degrees.items()))
@@ -168,6 +188,7 @@ def init_mesh(
 
     Raises:
         MeshError: the degrees do not multiply to the number of ranks.
+        CommError: a rank did not join in time.
     """
     mesh = Mesh(**degrees)
     world = _world_size()
@@ -179,11 +200,18 @@ def init_mesh(
     if world == 1:
         return mesh
     device_type = device_type or _device_type()
-    if not dist.is_initialized():
-        _init_process_group(device_type, timeout_s)
-    shape = tuple(degrees.values())
-    ranks = torch.arange(world).view(shape)
-    device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=tuple(degrees))
+    ranks = torch.arange(world).view(tuple(degrees.values()))
+    try:
+        if not dist.is_initialized():
+            _init_process_group(device_type, timeout_s)
+        device_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=tuple(degrees))
+        dist.barrier()  # nobody goes on, or fails and leaves, before all have joined
+    except RuntimeError as error:
+        raise CommError(
+            f"the {world} ranks of {mesh} did not all join within {timeout_s:g} s "
+            f"({str(error).strip().splitlines()[0]}); start every rank with the same MASTER_ADDR, "
+            "MASTER_PORT and WORLD_SIZE, or raise timeout_s"
+        ) from error
     mesh._live = _Live(device_mesh, timeout_s)
     return mesh
 
@@ -196,6 +224,9 @@ def as_mesh(mesh: Mesh | DeviceMesh) -> Mesh:
     """
     if isinstance(mesh, Mesh):
         return mesh
+    known: Mesh | None = getattr(mesh, "_hairpin_mesh", None)
+    if known is not None:
+        return known
     names = mesh.mesh_dim_names
     if names is None:
         raise MeshError(
@@ -204,6 +235,7 @@ def as_mesh(mesh: Mesh | DeviceMesh) -> Mesh:
         )
     ours = Mesh(**dict(zip(names, mesh.mesh.shape, strict=True)))
     ours._live = _Live(mesh, DEFAULT_TIMEOUT_S)
+    mesh._hairpin_mesh = ours  # type: ignore[attr-defined]  # its counters must outlive this call
     return ours
 
 

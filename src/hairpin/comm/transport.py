@@ -60,7 +60,7 @@ class Link:
         Returns:
             a function that waits until all has arrived and all has left.
         """
-        tag = _tag(what)
+        tag = _tag(f"{what} {sends[self.rank].dtype}")
         landings: list[tuple[Tensor, Tensor]] = []
         operations: list[dist.P2POp] = []
         group = self.mesh.group(self.axis)
@@ -79,9 +79,11 @@ class Link:
                 self._count(chunk.numel(), control=control)
         self.mesh.traffic.collectives += not control
         works = self._post(operations, what)
+        release = self.mesh.keep(works, operations)
 
         def wait() -> None:
             self._wait(works, what)
+            release()
             for region, buffer in landings:
                 region.copy_(buffer)
 

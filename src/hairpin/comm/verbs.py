@@ -160,6 +160,7 @@ def reduce_scatter(
     """
     mesh = as_mesh(mesh)
     axis = _one_axis(layout, axis, "reduce_scatter")
+    _require_summable(x, "reduce_scatter")
     return move(x, layout.split(None, axis), layout, mesh, partial=True, wait=wait)
 
 
@@ -180,10 +181,12 @@ def all_reduce(
         wait: False to return a ``Pending``.
     """
     mesh = as_mesh(mesh)
+    _require_summable(x, "all_reduce")
     linear: LinearMap = Identity()
+    is_replicated = _checked(grad) == "replicated"
     if mesh.size(axis) > 1:
         linear = AllReduce(Link(mesh, axis))
-        if _checked(grad) == "replicated":
+        if is_replicated:
             linear = Replicated(linear, Scale(mesh.size(axis)))
     return _apply(x, linear, wait=wait)
 
@@ -249,8 +252,10 @@ def move(
             f"got a tensor of shape {tuple(x.shape)} where layout {src} has local shape {expected} "
             f"({where}); pass the tensor that this layout describes, or correct the sizes"
         )
-    linear = map_between(src, dst, mesh, partial=partial)
     axis_moved = differing_axis(src, dst)
+    if axis_moved is not None:
+        mesh.group(axis_moved)
+    linear = map_between(src, dst, mesh, partial=partial)
     if grad == "replicated" and axis_moved is not None and not isinstance(linear, Identity):
         link = Link(mesh, axis_moved)
         linear = Replicated(linear, Chain(Slice(dst, src, link), Scale(link.size)))
@@ -336,6 +341,21 @@ def _one_axis(layout: Layout, axis: str | None, verb: str) -> str:
     if axis not in layout.axes:
         raise LayoutError(f"{verb} with layout {layout}: nothing in it is split over axis {axis!r}")
     return axis
+
+
+_SUMMABLE = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128, torch.int8, torch.uint8, torch.int32, torch.int64),
+)
+
+
+def _require_summable(x: Tensor, verb: str) -> None:
+    if x.dtype not in _SUMMABLE:
+        raise LayoutError(
+            f"{verb} of {str(x.dtype).removeprefix('torch.')}: sums over ranks need one of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in _SUMMABLE)}; convert the tensor "
+            "first"
+        )
 
 
 def _checked(grad: Grad) -> Grad:

@@ -79,8 +79,11 @@ def first_fault(
         fault = None if place in passed_over else _first_fault_at(calls, theirs)
         if fault is not None:
             return fault
-    left = [calls[0] for place, calls in by_place.items() if place not in passed_over]
-    return _diverged(None, left[0]) if left else None
+    for place, left in by_place.items():
+        fault = None if place in passed_over else _first_fault_at([], left)
+        if fault is not None:
+            return fault
+    return None
 
 
 def _first_fault_at(whole: Iterable[OpCall], part: Iterable[OpCall]) -> Fault | None:
@@ -148,7 +151,7 @@ def _changed_number(pair: Pair) -> str | None:
     for name, ours in pair.whole.arguments.items():
         theirs = pair.part.arguments.get(name)
         is_length = name in _LENGTHS or (name == "end" and pair.whole.name == "aten.slice")
-        if not is_length and not _is_tensor(pair, name) and ours != theirs:
+        if not is_length and not _is_tensor(pair, name) and repr(ours) != repr(theirs):
             return f"{name}={ours} on the whole and {name}={theirs} on a part"
     return None
 
@@ -543,7 +546,7 @@ _RULES = _table(
         _constant,
         (
             "zeros ones empty full new_zeros new_ones new_empty new_full scalar_tensor "
-            "empty_strided new_empty_strided lift_fresh lift_fresh_copy"
+            "empty_strided new_empty_strided lift_fresh lift_fresh_copy tensor"
         ),
     ),
     (_reshaped, "reshape"),

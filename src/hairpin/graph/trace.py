@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 Shape = tuple[int, ...]
-_MOST_VALUES = 4096  # of a constant made from Python numbers, which are compared between runs
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class OpCall:
 
     Attributes:
         name: overload packet, such as ``"aten.addmm"``, or ``"linear"``, ``"matmul"``,
-            ``"einsum"``, ``"reshape"``, which are kept whole.
+            ``"einsum"``, ``"reshape"``, ``"tensor"``, which are kept whole.
         module: path of the innermost module running, ``""`` for the root.
         place: how many stages had begun and how many had ended, set by the planner's hooks.
-        arguments: the call's arguments by schema name, defaults included (of those four: by
+        arguments: the call's arguments by schema name, defaults included (of those: by
             position), each tensor replaced by its ``Shape``.
         shapes: shapes of all tensor inputs, in order.
         results: shapes of all tensor outputs.
@@ -170,9 +169,10 @@ _RESHAPES = (
 
 
 class _Composites(TorchFunctionMode):
-    """Hands products and reshapes to the recorder whole, before torch takes them apart.
+    """Hands some functions to the recorder whole, before torch takes them apart.
 
-    How it does so depends on strides and on lengths of 1, not only on what is computed.
+    Products and reshapes: how torch does them depends on strides and on lengths of 1, not only on
+    what is computed. Constants: their values are seen here and no longer below.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -184,6 +184,8 @@ class _Composites(TorchFunctionMode):
             torch.Tensor.matmul: "matmul",
             torch.Tensor.__matmul__: "matmul",
             torch.einsum: "einsum",
+            torch.tensor: "tensor",
+            torch.as_tensor: "tensor",
             **dict.fromkeys(_RESHAPES, "reshape"),
         }
 
@@ -203,14 +205,10 @@ class _Composites(TorchFunctionMode):
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by schema name with defaults filled in; a constant's values under ``"value"``."""
+    """Arguments by schema name with defaults filled in."""
     schema = func._schema.arguments
     arguments = {argument.name: argument.default_value for argument in schema}
     arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
-    if func.overloadpacket in (torch.ops.aten.lift_fresh, torch.ops.aten.lift_fresh_copy):
-        constant = args[0]
-        if not isinstance(constant, FakeTensor) and constant.numel() <= _MOST_VALUES:
-            arguments["value"] = constant.tolist()
     return arguments
 
 

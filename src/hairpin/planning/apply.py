@@ -21,7 +21,7 @@ from hairpin.comm.eager import eager
 from hairpin.comm.mesh import Mesh, as_mesh
 from hairpin.comm.verbs import Grad
 from hairpin.errors import LayoutError, PlanError
-from hairpin.layout import Layout, Pattern, solve_sizes
+from hairpin.layout import Pattern, solve_sizes
 from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.dropout import GlobalDropout
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
@@ -47,8 +47,9 @@ class _BeforeModel(_Hook):
                 f"this {plan.model} is in train() but its plan was made in eval(), where dropouts "
                 "do not show; plan again after model.train()"
             )
-        attachment.mover.agree(_statement(plan, module, args, kwargs))
+        attachment.mover.agree(lambda: _statement(plan, module, args, kwargs))
         attachment.current = input_sizes(plan.inputs, module, args, kwargs)
+        attachment.left = None
         attachment.running = True
 
 
@@ -59,6 +60,13 @@ class _AfterModel(_Hook):
     @eager
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.attachment.running = False
+        left = self.attachment.left
+        if left is not None and output is not None:  # None: the forward ended in an error
+            raise PlanError(
+                f"this forward ended with its tensors split along '{left}': it left out the last "
+                f"stage of the plan, '{self.attachment.plan.stages[-1].module}'; plan with an "
+                "example that goes the same way"
+            )
 
 
 @dataclass(eq=False)
@@ -72,10 +80,13 @@ class _BeforeStage(_Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         attachment, stage = self.attachment, self.stage
+        attachment.require_arrival(stage)
         bound = bind(module, args, kwargs)
         name = stream_name(stage.module, stage.seam, bound)
         others = {n: bound[n] for n in stage.seam.args if isinstance(bound.get(n), Tensor)}
         sizes = attachment.sizes_at(stage, bound[name], others)
+        if not attachment.other_lengths:
+            attachment.plan.require_lengths(sizes)
         attachment.remember(bound[name], sizes)
         moved = {name: self._stream(bound[name], sizes)}
         moved |= {n: self._side(n, x, sizes) for n, x in others.items()}
@@ -113,7 +124,7 @@ class _AfterStage(_Hook):
         attachment, stage = self.attachment, self.stage
         bound = bind(module, args, kwargs)
         x = bound[stream_name(stage.module, stage.seam, bound)]
-        sizes = attachment.remembered.get(x.untyped_storage(), attachment.current)
+        sizes = attachment.recall(x)
         outputs = output if isinstance(output, tuple) else (output,)
         patterns = stage.seam.outputs
         if len(patterns) > len(outputs):
@@ -122,6 +133,7 @@ class _AfterStage(_Hook):
                 f"{len(patterns)}; correct `out` in the attends table"
             )
         rest = (None,) * (len(outputs) - len(patterns))
+        attachment.left = stage.leave
         moved = tuple(
             self._out(index, out, pattern, sizes)
             for index, (out, pattern) in enumerate(zip(outputs, (*patterns, *rest), strict=True))
@@ -173,7 +185,13 @@ class _AfterOwner(_Hook):
         module.__dict__.pop(self.tensor.name.rpartition(".")[2], None)
 
 
-def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh | DeviceMesh | None = None,
+    *,
+    other_lengths: bool = False,
+) -> nn.Module:
     """Split ``model`` over the mesh as ``plan`` says, by hooks. Returns the same model.
 
     The model's inputs and outputs stay whole and its ``state_dict`` is unchanged. Attach before
@@ -182,6 +200,8 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh | None = N
     Args:
         plan: from ``hp.plan`` or ``hp.Plan.load``.
         mesh: a live mesh; may be left out for a plan over one rank.
+        other_lengths: allow lengths of the split dims that were not rehearsed. Only for a model
+            whose code does not branch on them.
 
     Raises:
         PlanError: the plan is for another model or another number of ranks, or the model already
@@ -190,18 +210,30 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh | None = N
     """
     mesh = Mesh(**{plan.axis: 1}) if mesh is None else as_mesh(mesh)
     plan.require_model(model)
-    if plan_of(model) is not None:
-        raise PlanError(
-            f"this {type(model).__name__} already carries a plan; call hp.detach(model) first"
-        )
+    require_bare(model)
     if mesh.size(plan.axis) != plan.degree:
         raise PlanError(
             f"this plan splits over {plan.degree} ranks of axis '{plan.axis}', the mesh has "
             f"{mesh.size(plan.axis)} there; plan again for this mesh"
         )
     mesh.group(plan.axis)
-    attach(model, Attachment(plan, LiveMover(mesh, plan.axis)))
+    attach(model, Attachment(plan, LiveMover(mesh, plan.axis), other_lengths))
     return model
+
+
+def require_bare(model: nn.Module) -> None:
+    """Raise if the model, or a module inside it, carries a plan.
+
+    Raises:
+        PlanError: naming the module.
+    """
+    for path, module in model.named_modules():
+        if plan_of(module) is not None:
+            what = f"module '{path}' of this" if path else "this"
+            fix = "hp.detach on that module" if path else "hp.detach(model)"
+            raise PlanError(
+                f"{what} {type(model).__name__} already carries a plan; call {fix} first"
+            )
 
 
 def attach(model: nn.Module, attachment: Attachment) -> None:
@@ -287,11 +319,7 @@ def _side_sizes(attachment: Attachment, stage: Stage, name: str, x: Tensor, size
     label = f"argument '{name}' of module '{stage.module}'"
     failures = []
     for dim in (None, stage.held if stage.held in pattern.dims else None):
-        local = dict(sizes)
-        if dim is not None:
-            layout = Layout(f"{dim}/{attachment.plan.axis}", **{dim: sizes[dim]})
-            axes = (attachment.plan.axis,)
-            local[dim] = layout.local_shape_at(attachment.mover.coordinates(axes))[0]
+        local = attachment.local(sizes, dim, what=label)
         try:
             solved = solve_sizes({label: (pattern, tuple(x.shape))}, local)
             return {**solved, **({} if dim is None else {dim: sizes[dim]})}
@@ -312,6 +340,10 @@ def _rebind(
     return new_args, {name: moved.get(name, value) for name, value in kwargs.items()}
 
 
+def _drops(module: nn.Module) -> bool:
+    return module.training and getattr(module, "p", 0.0) > 0.0
+
+
 def _statement(plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """What this rank is about to do, for comparison with the others."""
     leaves = tree_flatten_with_path((args, kwargs))[0]
@@ -320,10 +352,15 @@ def _statement(plan: Plan, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         for path, leaf in leaves
         if isinstance(leaf, Tensor)
     ]
+    words += [
+        f"{''.join(map(str, path))}: {leaf!r}"
+        for path, leaf in leaves
+        if isinstance(leaf, (bool, int, float, str))
+    ]
     mode = "training" if module.training else "eval"
     grad = "grad" if torch.is_grad_enabled() else "no grad"
     draws = ""
-    if module.training and plan.dropouts:
+    if plan.draws or any(_drops(module.get_submodule(site.module)) for site in plan.dropouts):
         state = torch.get_rng_state().numpy().tobytes()
         draws = f"; CPU random state {hashlib.blake2b(state, digest_size=4).hexdigest()}"
     return f"inputs {'; '.join(words)}; {mode}, {grad}; plan {plan.digest}{draws}"

@@ -1,6 +1,6 @@
 """One plan on one model: how its tensors move, and the sizes of the forward under way."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -26,7 +26,7 @@ class Mover(Protocol):
         """``x`` from layout ``src`` to ``dst``."""
         ...
 
-    def agree(self, statement: str) -> None:
+    def agree(self, statement: Callable[[], str]) -> None:
         """Raise on every rank unless all make the same statement."""
         ...
 
@@ -46,12 +46,14 @@ class LiveMover:
         """``x`` from layout ``src`` to ``dst``."""
         return move(x, src, dst, self.mesh, grad=grad)
 
-    def agree(self, statement: str) -> None:
+    def agree(self, statement: Callable[[], str]) -> None:
         """Raise on every rank unless all make the same statement."""
-        require_agreement(statement, self.mesh, self.axis)
+        if self.mesh.size(self.axis) > 1:
+            require_agreement(statement(), self.mesh, self.axis)
 
 
 Sizes = Mapping[str, int]
+_MOST_DRAWS = 2**16  # dropout calls remembered for a recompute
 
 
 @dataclass(eq=False)
@@ -60,20 +62,41 @@ class Attachment:
 
     plan: Plan
     mover: Mover
+    other_lengths: bool = False
     running: bool = False
+    left: str | None = None
     current: Sizes = field(default_factory=dict)
-    remembered: "WeakKeyDictionary[Any, Sizes]" = field(default_factory=WeakKeyDictionary)
+    remembered: "WeakKeyDictionary[Any, dict[Any, Sizes]]" = field(
+        default_factory=WeakKeyDictionary
+    )
+    drawn: dict[int, Sizes] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "mover": self.mover}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, running=False, current={}, remembered=WeakKeyDictionary())
+    def __reduce__(self) -> tuple[object, tuple[Plan, Mover, bool]]:
+        return Attachment, (
+            self.plan,
+            self.mover,
+            self.other_lengths,
+        )  # what belongs to one forward stays behind
 
     def layout(self, pattern: str, sizes: Sizes, dim: str | None) -> Layout:
         """Layout of ``pattern`` with ``dim`` split, where it has that dim."""
         layout = Layout.of(pattern, sizes)
         return layout.split(dim if dim in layout.dims else None, self.plan.axis)
+
+    def require_arrival(self, stage: Stage) -> None:
+        """Raise where a forward reaches a stage in another state than the plan foresaw.
+
+        Raises:
+            PlanError: the forward left out a stage, or took them in another order.
+        """
+        if self.running and stage.arrive != self.left:
+            states = (self.left, stage.arrive)
+            have, want = (f"split along '{d}'" if d else "whole" for d in states)
+            raise PlanError(
+                f"module '{stage.module}' was to be reached {want}, but this forward reaches it "
+                f"{have}: it went another way through the stages than the one planned; plan with "
+                "an example that goes the same way"
+            )
 
     def sizes_at(self, stage: Stage, x: Tensor, others: Mapping[str, Tensor]) -> Sizes:
         """Global sizes of the forward that stream ``x`` belongs to, as it arrives at ``stage``.
@@ -83,7 +106,7 @@ class Attachment:
         """
         known = self.current
         if not self.running:
-            known = self.remembered.get(x.untyped_storage(), self.current)
+            known = self.recall(x)
         return self.solved(stage, stage.arrive, known, {stage.seam.stream: x}, others)
 
     def solved(
@@ -95,16 +118,7 @@ class Attachment:
         others: Mapping[str, Tensor],
     ) -> Sizes:
         """Known sizes completed by, and checked against, the shapes of a stage's tensors."""
-        local = dict(known)
-        if dim is not None:
-            if dim not in known:
-                raise PlanError(
-                    f"module '{stage.module}' ran outside a forward of the model that carries the "
-                    f"plan, so the global length of dim '{dim}' is unknown; call the whole model"
-                )
-            layout = Layout(f"{dim}/{self.plan.axis}", **{dim: known[dim]})
-            coordinates = self.mover.coordinates((self.plan.axis,))
-            local[dim] = layout.local_shape_at(coordinates)[0]
+        local = self.local(known, dim, what=f"module '{stage.module}'")
         shapes = {
             f"the tensor of module '{stage.module}'": (Pattern.parse(pattern), tuple(x.shape))
             for pattern, x in streams.items()
@@ -130,6 +144,40 @@ class Attachment:
             ) from error
         return {**solved, **({} if dim is None else {dim: known[dim]})}
 
+    def local(self, sizes: Sizes, dim: str | None, *, what: str) -> dict[str, int]:
+        """Global ``sizes`` with this rank's length of ``dim``.
+
+        Raises:
+            PlanError: the global length is unknown; ``what`` names who asks.
+        """
+        if dim is None:
+            return dict(sizes)
+        if dim not in sizes:
+            raise PlanError(
+                f"{what} ran outside a forward of the model that carries the plan, so the global "
+                f"length of dim '{dim}' is unknown; call the whole model"
+            )
+        layout = Layout(f"{dim}/{self.plan.axis}", **{dim: sizes[dim]})
+        (length,) = layout.local_shape_at(self.mover.coordinates((self.plan.axis,)))
+        return {**sizes, dim: length}
+
     def remember(self, x: Tensor, sizes: Sizes) -> None:
-        """Keep ``sizes`` for as long as the storage of ``x`` lives."""
-        self.remembered[x.untyped_storage()] = sizes
+        """Keep ``sizes`` for this view of a storage, for as long as the storage lives."""
+        self.remembered.setdefault(x.untyped_storage(), {})[_view(x)] = sizes
+
+    def recall(self, x: Tensor) -> Sizes:
+        """The sizes remembered with ``x``; the current ones where there are none."""
+        return self.remembered.get(x.untyped_storage(), {}).get(_view(x), self.current)
+
+    def sizes_of_draw(self, seed: int) -> Sizes:
+        """Global sizes for a dropout that drew ``seed``, the same when checkpointing repeats it."""
+        if not self.running:
+            return self.drawn.get(seed, self.current)
+        self.drawn[seed] = self.current
+        if len(self.drawn) > _MOST_DRAWS:
+            del self.drawn[next(iter(self.drawn))]
+        return self.current
+
+
+def _view(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return int(x.storage_offset()), tuple(x.shape)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hairpin.comm.eager import eager
-from hairpin.errors import PlanError
 from hairpin.layout import Layout, Pattern, shard_offset, solve_sizes
 from hairpin.planning.attachment import Attachment
 from hairpin.planning.plan import DropoutSite
@@ -36,27 +35,20 @@ class GlobalDropout:
         if not self.module.training or probability == 0.0:
             return x
         seed = int(torch.randint(2**62, ()).item())
-        layout = self._layout(x)
+        layout = self._layout(x, seed)
         places = self.attachment.mover.coordinates(layout.axes)
         return drop(x, probability, seed, layout, places)
 
-    def _layout(self, x: Tensor) -> Layout:
+    def _layout(self, x: Tensor, seed: int) -> Layout:
         """Layout of ``x`` on this rank, its global sizes from the forward under way."""
-        attachment, held = self.attachment, self.site.held
-        pattern = Pattern.parse(self.site.pattern)
-        shapes = {f"the input of '{self.site.module}'": (pattern, tuple(x.shape))}
+        attachment, held, text = self.attachment, self.site.held, self.site.pattern
+        label = f"dropout '{self.site.module}'"
+        shapes = {f"the input of {label}": (Pattern.parse(text), tuple(x.shape))}
         if held is None:
-            return Layout.of(self.site.pattern, solve_sizes(shapes, {}))
-        axis, known = attachment.plan.axis, attachment.current
-        if held not in known:
-            raise PlanError(
-                f"dropout '{self.site.module}' ran outside a forward of the model that carries the "
-                "plan; call the whole model"
-            )
-        part = Layout(f"{held}/{axis}", **{held: known[held]})
-        (length,) = part.local_shape_at(attachment.mover.coordinates((axis,)))
-        sizes = solve_sizes(shapes, {**known, held: length})
-        return Layout.of(self.site.pattern, {**sizes, held: known[held]}).split(held, axis)
+            return Layout.of(text, solve_sizes(shapes, {}))
+        known = attachment.sizes_of_draw(seed)
+        sizes = solve_sizes(shapes, attachment.local(known, held, what=label))
+        return Layout.of(text, {**sizes, held: known[held]}).split(held, attachment.plan.axis)
 
 
 def drop(x: Tensor, probability: float, seed: int, layout: Layout, places: Places) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -13,6 +14,7 @@ from hairpin.errors import LayoutError, MemoryBudgetError, PlanError, SplitError
 from hairpin.graph.dims import Fault, differing, first_fault
 from hairpin.graph.trace import Shape
 from hairpin.layout import Layout, Pattern, shard_sizes, solve_sizes
+from hairpin.planning.apply import require_bare
 from hairpin.planning.cost import Costs, sent_bytes, sent_bytes_by_rank, share
 from hairpin.planning.plan import (
     CarriedTensor,
@@ -23,7 +25,7 @@ from hairpin.planning.plan import (
     Stage,
     fingerprint,
 )
-from hairpin.planning.rehearse import Run, StageCall, as_example, rehearse
+from hairpin.planning.rehearse import Example, Run, StageCall, as_example, rehearse
 from hairpin.planning.seam import Attends, Seam, Table, match_table
 from hairpin.planning.shard import Cost, cheapest_path
 from hairpin.units import format_bytes, parse_bytes
@@ -48,6 +50,7 @@ def plan(
     axis: str = "sp",
     costs: Costs | None = None,
     output_grad: OutputGrad = "replicated",
+    more_examples: Sequence[Any] = (),
     memory: int | str | None = None,
 ) -> Plan:
     """Find where to split a model over one mesh axis, on shapes alone: needs no devices.
@@ -69,6 +72,8 @@ def plan(
         costs: speeds of the links and the arithmetic that the choice weighs.
         output_grad: ``"replicated"`` where every rank computes the same loss from the model's whole
             output, as an unedited training script does; ``"partial"`` where each computes its own.
+        more_examples: inputs of other lengths that the plan must also be right for. A forward of
+            lengths that were not rehearsed is refused.
         memory: bytes, or text such as ``"2GiB"``, that one rank's activations may take.
 
     Raises:
@@ -78,6 +83,7 @@ def plan(
         MeshError: no such axis.
     """
     ranks = as_mesh(mesh).size(axis)
+    require_bare(model)
     if attends is None:
         raise PlanError(
             "attends is missing; name the modules that compute along a dim, for example "
@@ -85,11 +91,11 @@ def plan(
         )
     budget_bytes = None if memory is None else parse_bytes(memory)
     table = match_table(model, attends, dims)
-    given = as_example(example)
-    whole = rehearse(model, given, table)
+    cases = [_Case.of(model, table, given) for given in (example, *more_examples)]
+    whole = cases[0].whole
     chain = _Chain.of(
         table,
-        whole,
+        cases[0],
         axis=axis,
         ranks=ranks,
         costs=costs or Costs(),
@@ -101,15 +107,16 @@ def plan(
         axis=axis,
         degree=ranks,
         sizes=chain.sizes,
+        lengths=(),
         inputs=table.inputs,
         training=model.training,
+        draws=any(torch.Tag.nondeterministic_seeded in op.tags for op in whole.ops(model)),
         stages=(),
         output_grad=output_grad,
         peak_bytes=whole.recording.peak_bytes,
         whole_peak_bytes=whole.recording.peak_bytes,
     )
-    search = _Search(model, given, table, whole, chain, base)
-    found = search.run()
+    found = _Search(model, table, cases, chain, base).run()
     if budget_bytes is not None and found.peak_bytes > budget_bytes:
         raise MemoryBudgetError(
             f"one forward of {found.model} needs {format_bytes(found.peak_bytes)} of activations "
@@ -117,6 +124,26 @@ def plan(
             "more ranks, a smaller batch, or a larger budget"
         )
     return found
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An example, the run of the whole model on it, and the sizes it has there."""
+
+    example: Example
+    whole: Run
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, model: nn.Module, table: Table, example: Any) -> "_Case":
+        given = as_example(example)
+        whole = rehearse(model, given, table)
+        if not whole.calls:
+            raise PlanError(
+                f"no listed module ran: {', '.join(table.keys) or 'none'}; check the attends table "
+                "and the example"
+            )
+        return cls(given, whole, _sizes(table, whole))
 
 
 @dataclass(frozen=True)
@@ -131,7 +158,7 @@ class _Point:
     @property
     def out(self) -> str:
         """Pattern of the first output; the stream's where the module gives none back."""
-        return self.seam.outputs[0] or Pattern.parse(self.seam.stream).render()
+        return self.seam.outputs[0] or Pattern.parse(self.seam.stream).render(brackets=False)
 
 
 @dataclass(frozen=True)
@@ -149,18 +176,14 @@ class _Chain:
     def of(
         cls,
         table: Table,
-        run: Run,
+        case: _Case,
         *,
         axis: str,
         ranks: int,
         costs: Costs,
         free_dims: tuple[str, ...],
     ) -> "_Chain":
-        if not run.calls:
-            raise PlanError(
-                f"no listed module ran: {', '.join(table.keys) or 'none'}; check the attends table "
-                "and the example"
-            )
+        run = case.whole
         flops = [0] * len(run.calls)
         for op in run.recording.calls:
             begun, ended = op.place
@@ -170,8 +193,8 @@ class _Chain:
             _Point(call, table.seams[call.module], table.keys[call.module], work)
             for call, work in zip(run.calls, flops, strict=True)
         )
-        sizes = _sizes(table, run, points)
-        return cls(points, sizes, axis, ranks, costs, _candidates(table, free_dims, sizes))
+        candidates = _candidates(table, free_dims, case.sizes)
+        return cls(points, case.sizes, axis, ranks, costs, candidates)
 
     def holds(self, index: int) -> list[Held]:
         """Dims that stage ``index`` may hold split, and whole."""
@@ -244,9 +267,8 @@ class _Search:
     """Solve, rehearse, forbid what failed, until a plan is right on every rank."""
 
     model: nn.Module
-    example: Any
     table: Table
-    whole: Run
+    cases: Sequence[_Case]
     chain: _Chain
     base: Plan
 
@@ -288,23 +310,25 @@ class _Search:
             )
 
     def _rehearse(self, candidate: Plan) -> tuple[Fault | None, list[Run]]:
-        """Compare the whole run with that of every rank that sees other shapes."""
+        """Compare each case's whole run with that of every rank that sees other shapes."""
         if candidate.degree == 1:
-            return None, [self.whole]
-        whole_ops = self.whole.ops(self.model)
-        runs: list[Run] = []
-        for rank in _distinct_ranks(candidate):
-            run = rehearse(self.model, self.example, self.table, candidate, rank)
-            fault = run.fault or first_fault(
-                whole_ops, run.ops(self.model), passed_over=_empty_places(candidate, rank)
-            )
-            if fault is None and run.outputs != self.whole.outputs:
-                count = len(candidate.stages)
-                fault = Fault(None, "", (count, count), "the model's output keeps the split shape")
-            if fault is not None:
-                return fault, runs
-            runs.append(run)
-        return None, runs
+            return None, [self.cases[0].whole]
+        first_runs: list[Run] = []
+        for case in self.cases:
+            whole_ops = case.whole.ops(self.model)
+            for rank in _distinct_ranks(candidate, case.sizes):
+                run = rehearse(self.model, case.example, self.table, candidate, rank)
+                empty = _empty_places(candidate, case.sizes, rank)
+                fault = run.fault or first_fault(whole_ops, run.ops(self.model), passed_over=empty)
+                if fault is None and run.outputs != case.whole.outputs:
+                    count = len(candidate.stages)
+                    reason = "the model's output keeps the split shape"
+                    fault = Fault(None, "", (count, count), reason)
+                if fault is not None:
+                    return fault, first_runs
+                if case is self.cases[0]:
+                    first_runs.append(run)
+        return None, first_runs
 
     def _forbid(self, candidate: Plan, fault: Fault) -> Ban:
         """The pair of states around the code that failed; an error if a listed module failed."""
@@ -332,9 +356,10 @@ class _Search:
             _stage(chain, index, path[2 * index], path[2 * index + 1], path[2 * index + 2])
             for index in range(len(chain.points))
         )
+        named = replace(self.base, stages=stages)
         return replace(
-            self.base,
-            stages=stages,
+            named,
+            lengths=tuple({d: c.sizes[d] for d in named.split_dims} for c in self.cases),
             tensors=tuple(self._tensors(stages)),
             sent_bytes_by_rank=tuple(
                 sum(move.bytes_by_rank[rank] for stage in stages for move in stage.moves)
@@ -346,7 +371,7 @@ class _Search:
         """Each listed parameter or buffer with the split of the place where it is used."""
         for name, pattern in self.table.tensors.items():
             states = set()
-            for op in self.whole.recording.calls:
+            for op in self.cases[0].whole.recording.calls:
                 if name in op.sources:
                     begun, ended = op.place
                     state = stages[ended].held if begun > ended else _border(stages, ended)
@@ -361,19 +386,18 @@ class _Search:
     def _dropouts(self, candidate: Plan, part: Run) -> Iterator[DropoutSite]:
         """Every ``nn.Dropout`` that ran, with the dim of its input that is split there."""
         stages = {stage.module: stage for stage in candidate.stages}
-        for path, (owner, shape) in self.whole.dropouts.items():
-            part_shape = part.dropouts[path][1]
-            if shape == part_shape:
-                yield DropoutSite(path, " ".join(f"_{place}" for place in range(len(shape))), None)
-            elif owner in stages:
-                stage = stages[owner]
-                pattern = _dropout_pattern(path, shape, part_shape, stage, self.chain.sizes)
-                yield DropoutSite(path, pattern, stage.held)
-            else:
+        for path, calls in self.cases[0].whole.dropouts.items():
+            sites = {
+                _dropout_site(path, shape, part_shape, stages.get(owner), self.chain.sizes)
+                for (owner, shape), (_, part_shape) in zip(calls, part.dropouts[path], strict=True)
+            }
+            if len(sites) > 1:
                 raise PlanError(
-                    f"dropout '{path}' lies outside all listed modules, where a dim is split; list "
-                    "it in the attends table, for example with 'b t s c'"
+                    f"dropout '{path}' is called on tensors laid out in different ways "
+                    f"({', '.join(sorted(site.pattern for site in sites))}); give each its own "
+                    "nn.Dropout"
                 )
+            yield from sites
 
 
 def _ticks(time_s: float) -> int:
@@ -420,7 +444,7 @@ def _move(
     return Move(what, True, before, after, sent, chain.costs.transfer_s(max(sent)))
 
 
-def _sizes(table: Table, run: Run, points: Sequence[_Point]) -> dict[str, int]:
+def _sizes(table: Table, run: Run) -> dict[str, int]:
     """Global sizes of all dims, learnt in the order in which a forward meets them."""
     sizes: dict[str, int] = {}
     try:
@@ -432,8 +456,8 @@ def _sizes(table: Table, run: Run, points: Sequence[_Point]) -> dict[str, int]:
                 )
             label = f"argument '{name}' of the model"
             sizes = solve_sizes({label: (Pattern.parse(pattern), run.inputs[name])}, sizes)
-        for point in points:
-            call, seam = point.call, point.seam
+        for call in run.calls:
+            seam = table.seams[call.module]
             label = f"module '{call.module}'"
             shapes: dict[str, tuple[Pattern, Shape]] = {
                 f"the stream of {label}": (Pattern.parse(seam.stream), call.stream),
@@ -448,6 +472,8 @@ def _sizes(table: Table, run: Run, points: Sequence[_Point]) -> dict[str, int]:
                 if pattern_ is not None and shape is not None:
                     shapes[f"output {place} of {label}"] = (Pattern.parse(pattern_), shape)
             sizes = solve_sizes(shapes, sizes)
+        for name, pattern in table.tensors.items():
+            solve_sizes({f"'{name}'": (Pattern.parse(pattern), table.shapes[name])}, sizes)
     except LayoutError as error:
         raise PlanError(
             f"{error}. Correct the attends table; if a merged dim is not determined, name the "
@@ -472,23 +498,20 @@ def _candidates(table: Table, free_dims: Sequence[str], sizes: Sizes) -> tuple[s
     return tuple(dim for dim in dict.fromkeys((*bracketed, *free_dims)) if sizes[dim] > 1)
 
 
-def _distinct_ranks(candidate: Plan) -> list[int]:
+def _distinct_ranks(candidate: Plan, sizes: Sizes) -> list[int]:
     """One rank for each set of local shapes that the plan gives rise to."""
-    dims = {d for s in candidate.stages for d in (s.arrive, s.held, s.leave) if d is not None}
     seen: dict[tuple[int, ...], int] = {}
     for rank in range(candidate.degree):
-        lengths = (shard_sizes(candidate.sizes[d], candidate.degree)[rank] for d in sorted(dims))
+        lengths = (shard_sizes(sizes[dim], candidate.degree)[rank] for dim in candidate.split_dims)
         seen.setdefault(tuple(lengths), rank)
     return list(seen.values())
 
 
-def _empty_places(candidate: Plan, rank: int) -> set[tuple[int, int]]:
+def _empty_places(candidate: Plan, sizes: Sizes, rank: int) -> set[tuple[int, int]]:
     """Where ``rank`` holds nothing: inside stage i is place (i + 1, i), before it (i, i)."""
 
     def is_empty(dim: Held) -> bool:
-        if dim is None:
-            return False
-        return shard_sizes(candidate.sizes[dim], candidate.degree)[rank] == 0
+        return dim is not None and shard_sizes(sizes[dim], candidate.degree)[rank] == 0
 
     inside = {(i + 1, i) for i, stage in enumerate(candidate.stages) if is_empty(stage.held)}
     after = {(i + 1, i + 1) for i, stage in enumerate(candidate.stages) if is_empty(stage.leave)}
@@ -508,24 +531,47 @@ def _border(stages: Sequence[Stage], index: int) -> Held:
     return stages[index - 1].leave if index else None
 
 
-def _dropout_pattern(path: str, whole: Shape, part: Shape, stage: Stage, sizes: Sizes) -> str:
-    """A pattern for a dropout's input, its split dim found by comparing two runs.
+def _dropout_site(
+    path: str, whole: Shape, part: Shape, stage: Stage | None, sizes: Sizes
+) -> DropoutSite:
+    """Pattern and split of a dropout's input, found by comparing two runs.
 
     Raises:
-        PlanError: two dims are split, or the stage's patterns do not say how one is merged.
+        PlanError: the dropout is outside all stages, two dims are split, or no dims of the stage
+            merge to the split one.
     """
-    held = stage.held
-    assert held is not None
+    words = [f"_{place}" for place in range(len(whole))]
     places = differing(whole, part)
-    patterns = [stage.seam.stream, *stage.seam.args.values(), *(o for o in stage.seam.outputs if o)]
-    groups = {g for p in patterns for g in Pattern.parse(p).groups if held in g} | {(held,)}
-    fits = [g for g in groups if prod(sizes[d] for d in g) == whole[places[0]]]
-    if len(places) != 1 or len(fits) != 1:
+    if not places:
+        return DropoutSite(path, " ".join(words), None)
+    if stage is None or stage.held is None:
+        raise PlanError(
+            f"dropout '{path}' lies outside all listed modules, where a dim is split; list it in "
+            "the attends table, for example with 'b t s c'"
+        )
+    length = whole[places[0]]
+    fits = (run for run in _runs(stage) if prod(sizes[d] for d in run) == length)
+    merged = next(fits, None)
+    if len(places) != 1 or merged is None:
         raise PlanError(
             f"dropout '{path}' in module '{stage.module}' takes a tensor of shape {whole}, in "
-            f"which dim '{held}' (length {sizes[held]}) cannot be told apart; set this one to 0, "
-            "or plan with an example whose dims have different lengths"
+            f"which dim '{stage.held}' (length {sizes[stage.held]}) cannot be told apart; set this "
+            "one to 0, or list it with a pattern of its own instead of its module"
         )
-    words = [f"_{place}" for place in range(len(whole))]
-    words[places[0]] = fits[0][0] if len(fits[0]) == 1 else f"({' '.join(fits[0])})"
-    return " ".join(words)
+    words[places[0]] = merged[0] if len(merged) == 1 else f"({' '.join(merged)})"
+    return DropoutSite(path, " ".join(words), stage.held)
+
+
+def _runs(stage: Stage) -> list[tuple[str, ...]]:
+    """Neighbouring dims that hold a stage's split dim: its own groups first, then the shortest."""
+    patterns = [stage.seam.stream, *stage.seam.args.values(), *filter(None, stage.seam.outputs)]
+    parsed = [Pattern.parse(pattern) for pattern in patterns]
+    groups = [group for pattern in parsed for group in pattern.groups]
+    runs = {
+        pattern.dims[i:j]
+        for pattern in parsed
+        for i in range(len(pattern.dims))
+        for j in range(i + 1, len(pattern.dims) + 1)
+    }
+    ordered = dict.fromkeys((*groups, *sorted(runs, key=lambda run: (len(run), run))))
+    return [run for run in ordered if stage.held in run]

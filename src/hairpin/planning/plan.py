@@ -5,7 +5,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import tomli_w
 from torch import nn
 
-from hairpin.errors import OutputError, PlanError
-from hairpin.layout import Layout
+from hairpin.errors import LayoutError, OutputError, PlanError
+from hairpin.layout import Pattern
 from hairpin.planning.seam import Seam
 from hairpin.units import format_bytes, format_time
 
@@ -62,9 +62,11 @@ class Stage:
     leave: str | None
     moves: tuple[Move, ...] = ()
 
-    def layout(self, dim: str | None, axis: str, sizes: Mapping[str, int]) -> Layout:
-        """The stream's layout with ``dim`` split, at the given global sizes."""
-        return Layout.of(self.seam.stream, sizes).split(dim, axis)
+    def __post_init__(self) -> None:
+        seam = self.seam
+        patterns = [seam.stream, *seam.args.values(), *(o for o in seam.outputs if o is not None)]
+        for state in (self.arrive, self.held, self.leave):
+            _require_dim(f"module '{self.module}'", state, patterns)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class CarriedTensor:
     name: str
     pattern: str
     held: str | None
+
+    def __post_init__(self) -> None:
+        _require_dim(f"tensor '{self.name}'", self.held, [self.pattern])
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class DropoutSite:
     pattern: str
     held: str | None = None
 
+    def __post_init__(self) -> None:
+        _require_dim(f"dropout '{self.module}'", self.held, [self.pattern])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -97,7 +105,10 @@ class Plan:
         fingerprint: digest of the model's structure; the plan fits no other.
         axis, degree: the mesh axis split over and the number of ranks along it.
         sizes: global sizes of the example that the plan was made for; other sizes work too.
+        lengths: global lengths of the split dims that were rehearsed, one mapping an example.
         inputs: patterns of the model's own arguments.
+        draws: whether it draws random numbers outside ``nn.Dropout``; ranks must then be seeded
+            alike.
         training: whether the model was planned in ``train()``; ``eval()`` is a part of that.
         stages: listed modules in the order they run.
         tensors: parameters and buffers that carry a dim.
@@ -115,8 +126,10 @@ class Plan:
     axis: str
     degree: int
     sizes: Mapping[str, int]
+    lengths: tuple[Mapping[str, int], ...]
     inputs: Mapping[str, str]
     training: bool
+    draws: bool
     stages: tuple[Stage, ...]
     tensors: tuple[CarriedTensor, ...] = ()
     dropouts: tuple[DropoutSite, ...] = ()
@@ -125,6 +138,41 @@ class Plan:
     notes: tuple[str, ...] = ()
     peak_bytes: int = 0
     whole_peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        expected = {"model": str, "fingerprint": str, "axis": str, "degree": int, "training": bool}
+        expected |= {"draws": bool, "sizes": Mapping, "inputs": Mapping, "stages": tuple}
+        for name, kind in expected.items():
+            value = getattr(self, name)
+            wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+            if wrong or (name == "degree" and self.degree < 1):
+                raise PlanError(
+                    f"plan: {name} = {value!r}; it must be "
+                    + ("a whole number above 0" if kind is int else f"a {kind.__name__}")
+                )
+
+    @property
+    def split_dims(self) -> tuple[str, ...]:
+        """Dims that are split somewhere."""
+        states = [d for s in self.stages for d in (s.arrive, s.held, s.leave) if d is not None]
+        return tuple(dict.fromkeys(states))
+
+    def require_lengths(self, sizes: Mapping[str, int]) -> None:
+        """Raise unless the split dims have lengths that were rehearsed.
+
+        Raises:
+            PlanError: naming the lengths.
+        """
+        here = {dim: sizes[dim] for dim in self.split_dims if dim in sizes}
+        if not any(here.items() <= dict(known).items() for known in self.lengths):
+            got = ", ".join(f"{dim}={n}" for dim, n in here.items())
+            known = "; ".join(", ".join(f"{d}={n}" for d, n in k.items()) for k in self.lengths)
+            raise PlanError(
+                f"this plan was rehearsed at lengths {known}, and this forward has {got}. Code "
+                "that branches on a length may go another way there: plan with an example of these "
+                "lengths too (more_examples=[...]), or attach with other_lengths=True to go on "
+                "unchecked"
+            )
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -174,7 +222,7 @@ class Plan:
             )
         try:
             return _plan(data)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, LayoutError) as error:
             raise PlanError(f"this is not a whole plan: {error}; make it again") from error
 
     def save(self, path: str | Path) -> None:
@@ -224,6 +272,18 @@ class Plan:
             )
 
 
+def _require_dim(what: str, state: object, patterns: Sequence[object]) -> None:
+    """Raise unless a split is None or a dim of the patterns."""
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise PlanError(f"plan: {what} has a pattern that is not text: {list(patterns)}")
+    dims = {dim for pattern in patterns for dim in Pattern.parse(str(pattern)).dims}
+    if state is not None and state not in dims:
+        raise PlanError(
+            f"plan: {what} is split along {state!r}, which none of its patterns has; its dims are "
+            f"{', '.join(sorted(dims))}"
+        )
+
+
 def fingerprint(model: nn.Module) -> str:
     """Digest of a model's parameter and buffer names and shapes."""
     lines = [f"{name} {tuple(tensor.shape)}" for name, tensor in _all_tensors(model)]
@@ -256,6 +316,7 @@ def _plan(data: dict[str, Any]) -> Plan:
     stages = tuple(_stage(item) for item in data.pop("stages"))
     tensors = tuple(CarriedTensor(**{"held": None, **item}) for item in data.pop("tensors"))
     dropouts = tuple(DropoutSite(**item) for item in data.pop("dropouts"))
+    data["lengths"] = tuple(data["lengths"])
     sent, notes = tuple(data.pop("sent_bytes_by_rank")), tuple(data.pop("notes"))
     data |= {"stages": stages, "tensors": tensors, "dropouts": dropouts, "notes": notes}
     return Plan(**data, sent_bytes_by_rank=sent)

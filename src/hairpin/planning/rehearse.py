@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Run:
 
     recording: Recording
     calls: list[StageCall] = field(default_factory=list)
-    dropouts: dict[str, tuple[str, Shape]] = field(default_factory=dict)
+    dropouts: dict[str, list[tuple[str, Shape]]] = field(default_factory=dict)
     outputs: list[Shape] = field(default_factory=list)
     inputs: dict[str, Shape] = field(default_factory=dict)
     fault: Fault | None = None
@@ -84,7 +85,7 @@ class RehearsalMover:
         with self.quietly():
             return x.new_zeros(dst.local_shape_at(self.coordinates(dst.axes)))
 
-    def agree(self, statement: str) -> None:
+    def agree(self, statement: Callable[[], str]) -> None:
         """One process agrees with itself."""
 
 
@@ -150,7 +151,8 @@ def _plainly() -> Iterator[None]:
     was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the model warns of, it will warn of when it runs
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fast)
@@ -162,7 +164,9 @@ def _run(model: nn.Module, example: Example, table: Table, plan: Plan | None, ra
         run = Run(recorder.recording)
 
         if plan is not None:
-            attach(model, Attachment(plan, RehearsalMover(rank, plan.degree, recorder.quietly)))
+            attach(
+                model, Attachment(plan, RehearsalMover(rank, plan.degree, recorder.quietly), True)
+            )
         handles = _observe(model, table, run, recorder)
         try:
             bound = bind(model, args, kwargs)
@@ -224,14 +228,14 @@ def _observe(model: nn.Module, table: Table, run: Run, recorder: Any) -> list[An
     def drop(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             stage = next((p for p in reversed(recorder.path) if p in table.seams), "")
-            run.dropouts[path] = (stage, tuple(args[0].shape))
+            run.dropouts.setdefault(path, []).append((stage, tuple(args[0].shape)))
 
         return hook
 
     for path, module in model.named_modules():
         if path in table.seams:
             handles.append(module.register_forward_pre_hook(begin(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(end(path), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(end(path), with_kwargs=True))
         if isinstance(module, nn.Dropout):
             handles.append(module.register_forward_pre_hook(drop(path)))
     return handles

@@ -48,7 +48,7 @@ class Seam:
     def outputs(self) -> tuple[str | None, ...]:
         """Pattern of each output."""
         if self.out is None:
-            return (Pattern.parse(self.stream).render(),)
+            return (Pattern.parse(self.stream).render(brackets=False),)
         return (self.out,) if isinstance(self.out, str) else tuple(self.out)
 
 
@@ -64,12 +64,14 @@ class Table:
         seams: seam of each module path, in the model's order.
         keys: the table's key that matched each module path.
         tensors: pattern of each parameter or buffer that carries a dim.
+        shapes: shape of each of those.
         inputs: patterns of the model's own arguments (key ``""``), to learn sizes from.
     """
 
     seams: Mapping[str, Seam]
     keys: Mapping[str, str]
     tensors: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
     inputs: Mapping[str, str]
 
 
@@ -122,7 +124,13 @@ def match_table(model: nn.Module, attends: "Attends", dims: str | None = None) -
             )
     _refuse_nesting(seams)
     ordered = [path for path in modules if path in seams]
-    return Table({p: seams[p] for p in ordered}, {p: keys[p] for p in ordered}, carried, inputs)
+    return Table(
+        seams={path: seams[path] for path in ordered},
+        keys={path: keys[path] for path in ordered},
+        tensors=carried,
+        shapes={name: tuple(tensors[name].shape) for name in carried},
+        inputs=inputs,
+    )
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hairpin.errors import CheckpointError, OutputError
+from hairpin.run import metrics
 
 FORMAT = 1
 INFO_FILE = "checkpoint.json"
@@ -38,6 +39,7 @@ FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 _WRITING = ".writing-"
 _SHOWN_KEYS = 5
+_EXPORTED_ROWS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +251,7 @@ def export(source: Path, target: Path, *, moments: torch.dtype = torch.bfloat16)
     """A copy of a checkpoint, small enough to pass on, that a run can go on from.
 
     The optimizer's moments are rounded to ``moments``; weights and their average stay exact. The
-    run's metrics up to this step go with it. One process calls it.
+    run's metrics up to this step go with it, thinned. One process calls it.
 
     Raises:
         CheckpointError: the source is damaged.
@@ -273,10 +275,8 @@ def export(source: Path, target: Path, *, moments: torch.dtype = torch.bfloat16)
     _write(tensors, temporary)
     history = history_of(source)
     if history is not None:
-        rows = [row for row in history.read_text().splitlines() if row]
-        rows = [row for row in rows if json.loads(row)["step"] <= info.step]
-        thin = rows[:: max(1, len(rows) // 1000)]
-        (temporary / METRICS_FILE).write_text("\n".join(thin) + "\n")
+        rows = [row for row in metrics.read(history) if row["step"] <= info.step]
+        (temporary / METRICS_FILE).write_text(metrics.thinned(rows, most=_EXPORTED_ROWS))
     _finish(temporary, target, step=info.step, recipe=info.recipe)
     return target
 

@@ -8,6 +8,7 @@ do not survive a fork. ``start="spawn"`` starts fresh interpreters instead, whic
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -112,6 +113,7 @@ def launch(
     """
     if ranks < 1:
         raise MeshError(f"got ranks={ranks}; start at least 1")
+    importlib.import_module("hairpin.comm.verbs")  # once here, not in every rank
     work = _Work(fn, args, kwargs, ranks=ranks, threads=threads, parent=os.getpid())
     children = _start(work, start)
     store = None

@@ -1,7 +1,7 @@
 """A run's metrics: one JSON object a line, one line a step, without doubles after a resume."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,17 @@ def read(path: str | Path) -> list[dict[str, Any]]:
                 break
             raise DataError(f"{path}, line {number} is not JSON: {error}; remove it") from error
     return rows
+
+
+def thinned(rows: Sequence[Mapping[str, Any]], *, most: int) -> str:
+    """About `most` of the rows, evenly chosen and the last among them, with four digits each."""
+    stride = max(1, -(-len(rows) // most))
+    kept = rows[(len(rows) - 1) % stride :: stride] if rows else []
+    return "".join(json.dumps({k: _short(v) for k, v in row.items()}) + "\n" for row in kept)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 class MetricsLog:

@@ -105,15 +105,17 @@ def draw_samples(path: str | Path, mesh: Mesh, *, count: int = 6, seed: int = 0)
     model, recipe = load_model(path, mesh, clips=-(-count // ranks))
     device, dtype = device_of(mesh), getattr(torch, recipe.dtype)
     data = MovingDigits(recipe.data, split="validation", seed=seed)
-    whole = data.clips(range(count))
-    mine = rank_indices(0, batch_size=count, rank=mesh.rank("dp"), ranks=ranks)
-    video = whole.video[mine.start : mine.stop].to(device, dtype)  # [b/dp, t, h, w]
+    chosen = varied(data, count)
+    whole = data.clips(chosen)
+    share = rank_indices(0, batch_size=count, rank=mesh.rank("dp"), ranks=ranks)
+    mine = slice(share.start, share.stop)
+    video = whole.video[mine].to(device, dtype)  # [b/dp, t, h, w]
     drawn = sample(
         model,
         video[:, : recipe.given_frames],
-        whole.labels[mine.start : mine.stop].to(device),
+        whole.labels[mine].to(device),
         frames=recipe.data.frames,
-        index=mine,
+        index=chosen[mine],
         seed=seed,
         null_label=recipe.model.classes,
         steps=recipe.sample_steps,
@@ -128,6 +130,13 @@ def draw_samples(path: str | Path, mesh: Mesh, *, count: int = 6, seed: int = 0)
         labels=whole.labels,
         given_frames=recipe.given_frames,
     )
+
+
+def varied(data: MovingDigits, count: int) -> list[int]:
+    """Numbers of `count` clips among the first ones, digits not yet shown before repeated ones."""
+    labels = data.clips(range(8 * count)).labels[:, 0].tolist()
+    shown_before = [labels[:i].count(label) for i, label in enumerate(labels)]
+    return sorted(range(len(labels)), key=lambda i: (shown_before[i], i))[:count]
 
 
 def write_gif(samples: Samples, path: Path, *, scale: int | None = None) -> None:

@@ -7,6 +7,7 @@ rank does what, so a run may stop on four ranks and go on on one.
 Dims: b batch, t frames, h height, w width.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hairpin.comm.agree import require_agreement
 from hairpin.comm.grads import sync_grads
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.verbs import global_mean
@@ -26,8 +28,9 @@ from hairpin.models.video_dit import ATTENDS, VideoDiT, flow_loss
 from hairpin.planning.apply import parallelize
 from hairpin.planning.make import plan as make_plan
 from hairpin.planning.plan import Plan
-from hairpin.run import checkpoint, memory, metrics, settings
+from hairpin.run import checkpoint, metrics, settings
 from hairpin.run.data import MovingDigits, rank_indices
+from hairpin.run.memory import measured, require_budget
 from hairpin.run.recipes import VideoRecipe
 from hairpin.units import parse_bytes
 
@@ -59,7 +62,7 @@ def train(
     resume: str | Path | None = None,
     fallback: bool = False,
     stop_step: int | None = None,
-    budget: int | str | None = None,
+    memory: int | str | None = None,
     keep: int = 3,
     on_step: OnStep | None = None,
 ) -> TrainResult:
@@ -71,18 +74,21 @@ def train(
         resume: folder of a run or of one checkpoint to go on from.
         fallback: go on from an older checkpoint where the newest is damaged.
         stop_step: steps done at the end, those before a resume included; default ``recipe.steps``.
-        budget: bytes, or text such as ``"2GiB"``, that a rank may use.
+        memory: bytes, or text such as ``"2GiB"``, that a rank may use.
         keep: newest checkpoints that stay.
         on_step: called after each step on the first rank.
 
     Raises:
         OutputError: ``out_dir`` cannot be written.
         CheckpointError: ``resume`` is damaged or belongs to another model or recipe.
-        MemoryBudgetError: the first step needs more than ``budget``.
+        MemoryBudgetError: the first step needs more than ``memory``.
         NumericsError: the loss or a gradient is not finite.
+        DisagreementError: the ranks were given different recipes.
     """
-    budget_bytes = None if budget is None else parse_bytes(budget)
+    budget_bytes = None if memory is None else parse_bytes(memory)
     out_dir = checkpoint.require_writable(out_dir)
+    for axis in mesh.axes:
+        require_agreement(f"train {json.dumps(settings.to_plain(recipe))}", mesh, axis)
     run = _Run(recipe, mesh)
     source = None if resume is None else checkpoint.find(resume, fallback=fallback)
     first_step = 0 if source is None else run.load(source)
@@ -128,16 +134,21 @@ def split(model: VideoDiT, recipe: VideoRecipe, mesh: Mesh, *, clips: int) -> Pl
     """
     if mesh.size("sp") == 1 and not recipe.model.dropout:
         return None
-    data, like = recipe.data, model.positions
-    example = {
-        "video": like.new_zeros(clips, data.frames, data.height, data.width),
-        "noise_level": like.new_zeros(clips),
-        "labels": torch.zeros(clips, data.digits, dtype=torch.int64, device=like.device),
-        "given": torch.zeros(clips, data.frames, dtype=torch.bool, device=like.device),
-    }
-    found = make_plan(model, tuple(example.values()), mesh, attends=ATTENDS)
-    parallelize(model, found, mesh)
-    return found
+    plan = plan_video(model, recipe, mesh, clips=clips)
+    parallelize(model, plan, mesh)
+    return plan
+
+
+def plan_video(model: VideoDiT, recipe: VideoRecipe, mesh: Mesh, *, clips: int) -> Plan:
+    """The cheapest split of the model over ``sp``; the mesh may be a description."""
+    data, like = recipe.data, model.patch_embed.weight
+    example = (
+        like.new_zeros(clips, data.frames, data.height, data.width),
+        like.new_zeros(clips),  # noise level
+        torch.zeros(clips, data.digits, dtype=torch.int64, device=like.device),
+        torch.zeros(clips, data.frames, dtype=torch.bool, device=like.device),  # given
+    )
+    return make_plan(model, example, mesh, attends=ATTENDS)
 
 
 def device_of(mesh: Mesh) -> torch.device:
@@ -197,7 +208,7 @@ class _Run:
             loss, peak_bytes = self._backward(step), None
         bytes_sent, peaks = self._over_ranks(mesh.traffic.since(sent).bytes_sent, peak_bytes)
         self.peak_bytes = peaks = peaks if self.peak_bytes is None else self.peak_bytes
-        memory.require_budget(peaks, budget_bytes, batch_size=recipe.batch_size, ranks=mesh.world)
+        require_budget(peaks, budget_bytes, batch_size=recipe.batch_size, ranks=mesh.world)
         lr = recipe.learning_rate(step)
         norm = self._update(step, loss, lr)
         time_s = time.perf_counter() - start_s
@@ -217,7 +228,7 @@ class _Run:
 
         Weights, their average and AdamW's two moments stay; on top come activations and gradients.
         """
-        with memory.measured(self.device) as peak:
+        with measured(self.device) as peak:
             loss = self._backward(step)
         weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return loss, 4 * weights_bytes + peak.peak_bytes

@@ -26,7 +26,7 @@ class TrainJob:
     resume: Path | None = None
     first_step: int = 0
     last_step: int
-    budget: str | None = None
+    memory: str | None = None
     clips: int = 6
 
 
@@ -65,7 +65,7 @@ def run_training(job: TrainJob) -> TrainOutcome:
             job.out_dir,
             resume=job.resume,
             stop_step=job.last_step,
-            budget=job.budget,
+            memory=job.memory,
             on_step=progress,
         )
     _save_plan(result, mesh, job.out_dir)

@@ -12,7 +12,9 @@ from hairpin.run.data.digits import cubic_weights, draw_glyphs, load_glyphs
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
-CANVAS = DigitsConfig(height=20, width=20, glyph_size=12.0, min_speed=0.5, max_speed=1.5)
+CANVAS = DigitsConfig(
+    height=20, width=20, glyph_size=12.0, motion="free", min_speed=0.5, max_speed=1.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,23 @@ def test_speed_is_within_its_range():
     assert speed.min() > 0.95
     assert speed.max() < 2.05
     assert speed.std() > 0.1
+
+
+def test_diagonal_motion_goes_by_whole_pixels():
+    config = replace(CANVAS, motion="diagonal")
+    corners = MovingDigits(config)._paths(np.random.default_rng(0).random((200, 1, 5)))
+    assert set(corners.flatten()) == set(range(9))
+    assert set(np.abs(np.diff(corners, axis=2)).flatten()) == {1}
+    directions = {tuple(step) for step in np.diff(corners, axis=2)[:, 0, 0]}
+    assert directions == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+
+
+def test_diagonal_motion_keeps_every_pixel_of_the_glyph():
+    """At the glyph's own size nothing is interpolated: all frames hold the same pixels."""
+    clip = MovingDigits(DigitsConfig()).clips([0]).video[0]
+    pixels = clip.flatten(1).sort().values
+    torch.testing.assert_close(pixels, pixels[:1].expand_as(pixels))
+    assert (clip[1:] != clip[:-1]).flatten(1).any(dim=1).all()
 
 
 def test_digits_bounce():

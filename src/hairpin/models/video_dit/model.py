@@ -36,12 +36,12 @@ class VideoDiTConfig:
     """
 
     patch_size: int = 4
-    grid: tuple[int, int] = (3, 3)
-    channels: int = 80
-    condition_channels: int = 24
+    grid: tuple[int, int] = (3, 4)
+    channels: int = 96
+    condition_channels: int = 32
     depth: int = 3
-    heads: int = 5
-    mlp_ratio: int = 3
+    heads: int = 4
+    mlp_ratio: int = 2
     classes: int = 10
     dropout: float = 0.0
 
@@ -62,7 +62,7 @@ def tiny() -> VideoDiTConfig:
 
 
 def digits() -> VideoDiTConfig:
-    """The model of the moving digits: with its optimizer state and average, under 8 MB."""
+    """The model of the moving digits: 0.6 million parameters."""
     return VideoDiTConfig()
 
 
