@@ -7,7 +7,7 @@ RANKS ?= 2
 TEST_WORKERS ?= 2
 VENV := .venv
 DEMO := runs/demo
-DEMO_STEPS := 9100
+DEMO_STEPS := 5600
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",*$$/\1/p' pyproject.toml)
@@ -40,7 +40,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 
 # Goes on from the checkpoint that the repository carries, so that minutes of training are enough.
 # The same recipe made it: hairpin train video.
-CHECKPOINT := $(wildcard checkpoints/video-digits)
+CHECKPOINT := $(wildcard checkpoints/video_digits)
 
 demo: $(VENV)/run.stamp
 	@rm -rf $(DEMO)
