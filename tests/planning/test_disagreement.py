@@ -110,8 +110,10 @@ def _different_work() -> None:
     mesh = hp.init_mesh(dp=2, sp=2, timeout_s=20)
     x = seeded((2, 6, 5, 2))
     model = randomised(Video())
-    hp.parallelize(model, hp.plan(model, x, mesh, attends=ATTENDS), mesh)
     frames = 7 + mesh.rank("dp")
+    others = [seeded((1, 7, 3, 2)), seeded((1, 8, 3, 2))]
+    plan = hp.plan(model, x, mesh, attends=ATTENDS, more_examples=others)
+    hp.parallelize(model, plan, mesh)
     assert model(seeded((1, frames, 3, 2))).shape == (1, frames, 3, 2)
 
 

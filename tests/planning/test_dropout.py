@@ -99,7 +99,9 @@ def _run(cases) -> list[Result]:
     results = []
     for case in cases:
         model = case.build()
-        plan = hp.plan(model, case.arguments(), mesh, attends=case.attends)
+        plan = hp.plan(
+            model, case.arguments(), mesh, attends=case.attends, more_examples=case.others()
+        )
         assert hp.Plan.from_toml(plan.to_toml()) == plan
         hp.parallelize(model, plan, mesh)
         torch.manual_seed(21)

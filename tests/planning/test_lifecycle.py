@@ -77,6 +77,8 @@ CHECKPOINTED = tuple(
 )
 
 
+# Reentrant in reentrant: torch says that the inner one sees no input that requires a gradient.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @WORLDS
 def test_checkpointing(ranks):
     check(CHECKPOINTED, ranks)
@@ -104,7 +106,8 @@ def _same_storage() -> None:
             buffer = seeded((2, 16, 6, 4)).requires_grad_()
             views = [buffer[:, :16], buffer[:, :15]]
             if is_split:
-                hp.parallelize(model, hp.plan(model, views[0], mesh, attends=STAGES), mesh)
+                plan = hp.plan(model, views[0], mesh, attends=STAGES, more_examples=views[1:])
+                hp.parallelize(model, plan, mesh)
             outputs = [model(view) for view in views]
             for output in outputs:
                 loss_of(output).backward()
@@ -340,7 +343,7 @@ def _after_an_error() -> None:
     wanted = model(x).detach()
     failing = model.blocks[1].temporal.register_forward_pre_hook(_fail)
     with pytest.raises(KeyError):
-        model(seeded((1, 9, 3, 2)))
+        model(seeded((1, 7, 5, 2)))
     failing.remove()
     output = model(x)
     require_close(output, wanted, "after a forward that failed")

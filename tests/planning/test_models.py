@@ -56,9 +56,9 @@ class InPlace(Pair):
     def forward(self, x):
         y = self.first(x.clone().mul_(2))
         y += 1
-        y.relu_()
         y[..., 0] *= 2
-        return self.second(y).add_(1)
+        y.relu_()
+        return self.second(y).mul_(2)
 
 
 class Passing(nn.Module):
@@ -235,9 +235,7 @@ def x(*shape):
 
 
 def case(name, kind, arguments=None, attends=None, **words):
-    return Case(
-        name, lambda: randomised(kind(), 0.3), arguments or x(), attends or PAIR, **words
-    )
+    return Case(name, lambda: randomised(kind(), 0.3), arguments or x(), attends or PAIR, **words)
 
 
 def masked(name, mask, gain, bias=(4,)):
@@ -246,9 +244,7 @@ def masked(name, mask, gain, bias=(4,)):
         given = {key: seeded(shape, 7) for key, shape in words.items() if shape}
         return (seeded((2, 6, 5, 4)),), given
 
-    seam = hp.Seam(
-        "b t [s] c", args={"mask": "b t 1 1", "gain": "t s 1"}, out=("b t s c", None)
-    )
+    seam = hp.Seam("b t [s] c", args={"mask": "b t 1 1", "gain": "t s 1"}, out=("b t s c", None))
     return case(name, MaskedModel, arguments, {**PAIR, "first": seam})
 
 

@@ -90,31 +90,90 @@ LENGTHS = {
 }
 
 
-def _run_lengths() -> dict[str, str]:
+def _run_lengths(more: tuple[int, ...]) -> dict[tuple[str, int], str]:
     mesh = hp.init_mesh(sp=4, timeout_s=20)
     outcomes = {}
     for name, function in LENGTHS.items():
         model = randomised(Between(fixed(function)()), 0.3)
         truth = copy.deepcopy(model)
-        plan = hp.plan(model, seeded((2, 8, 5, 4)), mesh, attends=STAGES)
+        examples = [seeded((2, frames, 5, 4)) for frames in (8, *more)]
+        plan = hp.plan(model, examples[0], mesh, attends=STAGES, more_examples=examples[1:])
         hp.parallelize(model, plan, mesh)
         for frames in (8, 5, 4, 16, 3, 41):
-            x = seeded((1, frames, 3, 4))
-            wanted = truth(x)
-            try:
-                got = model(x)
-            except HairpinError as error:
-                outcomes[f"{name}, {frames}"] = str(error)
-            else:
-                same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-12)
-                outcomes[f"{name}, {frames}"] = "right" if same else "wrong"
+            outcomes[name, frames] = _outcome(model, truth, seeded((1, frames, 5, 4)))
     return outcomes
 
 
-def test_other_lengths_than_planned_are_right_or_refused():
-    for outcomes in launch(_run_lengths, 4, timeout_s=60):
-        assert "wrong" not in outcomes.values(), outcomes
-        assert all(outcomes[f"{name}, 8"] == "right" for name in LENGTHS)
+def _outcome(model, truth, *arguments) -> str:
+    try:
+        got = model(*arguments)
+    except HairpinError as error:
+        return str(error)
+    wanted = truth(*arguments)
+    same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-12)
+    return "right" if same else f"wrong, of shape {tuple(got.shape)}"
+
+
+@pytest.mark.parametrize("more", [(), (5, 16)])
+def test_other_lengths_than_planned_are_right_or_refused(more):
+    for outcomes in launch(_run_lengths, 4, more, timeout_s=60):
+        assert not [o for o in outcomes.values() if o.startswith("wrong")], outcomes
+        for (name, frames), outcome in outcomes.items():
+            if frames in {8, *more}:
+                assert outcome == "right", f"{name}, {frames} frames"
+            else:
+                assert "this plan was rehearsed at lengths" in outcome
+
+
+def _unchecked() -> None:
+    mesh = hp.init_mesh(sp=2, timeout_s=20)
+    model = randomised(Between(nn.Linear(4, 4)), 0.3)
+    truth = copy.deepcopy(model)
+    plan = hp.plan(model, seeded((2, 8, 5, 4)), mesh, attends=STAGES)
+    hp.parallelize(model, plan, mesh, other_lengths=True)
+    for shape in [(2, 8, 5, 4), (1, 3, 9, 4), (5, 17, 2, 4)]:
+        assert _outcome(model, truth, seeded(shape)) == "right"
+    assert _outcome(copy.deepcopy(model), truth, seeded((1, 7, 7, 4))) == "right"
+
+
+def test_other_lengths_unchecked_when_asked_for():
+    launch(_unchecked, 2, timeout_s=60)
+
+
+class Flagged(nn.Module):
+    """Code between stages that a plain argument, the mode, or an attribute switches on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Along(2)
+        self.second = Along(2)
+        self.third = Along(1)
+        self.centred = False
+
+    def forward(self, x, centred=False):
+        x = self.first(x)
+        if centred or self.centred or not self.training:
+            x = x - x.mean(1, keepdim=True)
+        return self.third(self.second(x))
+
+
+def _run_flags() -> dict[str, str]:
+    mesh = hp.init_mesh(sp=2, timeout_s=20)
+    x = seeded((2, 8, 5, 4))
+    model = randomised(Flagged(), 0.3)
+    truth = copy.deepcopy(model)
+    plan = hp.plan(model, (x, False), mesh, attends=STAGES)
+    hp.parallelize(model, plan, mesh)
+    outcomes = {"as planned": _outcome(model, truth, x, False)}
+    outcomes["another argument"] = _outcome(model, truth, x, True)
+    outcomes["eval"] = _outcome(model.eval(), truth.eval(), x, False)
+    return outcomes
+
+
+def test_plain_arguments_and_modes_other_than_planned_are_right_or_refused():
+    for outcomes in launch(_run_flags, 2, timeout_s=60):
+        assert outcomes["as planned"] == "right"
+        assert not [o for o in outcomes.values() if o.startswith("wrong")], outcomes
 
 
 class Varying(nn.Module):
@@ -137,16 +196,10 @@ def _run_orders() -> dict[str, str]:
     outcomes = {}
     for order in ["s", "t", "ts", "stst", "ss", "", "stt"]:
         model = randomised(Varying(), 0.3)
-        wanted = model(x, order)
+        truth = copy.deepcopy(model)
         plan = hp.plan(model, x, mesh, attends={"along_s": "b t [s] c", "along_t": "b [t] s c"})
         hp.parallelize(model, plan, mesh)
-        try:
-            got = model(x, order)
-        except HairpinError as error:
-            outcomes[order] = str(error)
-        else:
-            same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-12)
-            outcomes[order] = "right" if same else f"wrong, of shape {tuple(got.shape)}"
+        outcomes[order] = _outcome(model, truth, x, order)
     return outcomes
 
 

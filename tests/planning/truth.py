@@ -22,7 +22,7 @@ class Case:
     """A model, its inputs, its seams, and how to use it.
 
     Attributes:
-        example: arguments to plan with, where they are not those it runs with.
+        example: arguments to plan with in the first place, before those it runs with.
         prepare: done to both models before they run, such as switching checkpointing on.
         after: done to the split model only, after it was split, such as compiling its blocks.
         others: arguments of further forwards, whose gradients accumulate.
@@ -154,9 +154,17 @@ def plan_for(case: Case, mesh: hp.Mesh) -> hp.Plan:
     """The case's plan; it survives a way through TOML."""
     model = case.build()
     case.prepare(model)
-    example = (case.example or case.arguments)()
+    examples = [case.arguments(), *case.others()]
+    if case.example is not None:
+        examples.insert(0, case.example())
     plan = hp.plan(
-        model, example, mesh, attends=case.attends, free_dims=case.free_dims, **case.words
+        model,
+        examples[0],
+        mesh,
+        attends=case.attends,
+        free_dims=case.free_dims,
+        more_examples=examples[1:],
+        **case.words,
     )
     assert hp.Plan.from_toml(plan.to_toml()) == plan, f"{case.name}: TOML changed the plan"
     return plan

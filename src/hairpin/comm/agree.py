@@ -1,6 +1,7 @@
 """Making sure that all ranks of an axis are about to do the same thing."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -9,7 +10,6 @@ from hairpin.comm.transport import Link
 from hairpin.errors import DisagreementError
 
 _DIGEST_WORDS = 2
-_TEXT_BYTES = 512
 
 
 def require_agreement(statement: str, mesh: Mesh, axis: str) -> None:
@@ -27,8 +27,10 @@ def require_agreement(statement: str, mesh: Mesh, axis: str) -> None:
     digests = _all_gather_bytes(digest, mesh, axis)
     if all(other == digest for other in digests):
         return
-    text = statement.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
-    statements = [t.decode(errors="replace").strip() for t in _all_gather_bytes(text, mesh, axis)]
+    text = statement.encode()
+    lengths = [int.from_bytes(n) for n in _all_gather_bytes(len(text).to_bytes(8), mesh, axis)]
+    texts = _all_gather_bytes(text, mesh, axis, lengths)
+    statements = [text.decode(errors="replace") for text in texts]
     lines = "\n".join(f"  rank {rank}: {line}" for rank, line in enumerate(statements))
     raise DisagreementError(
         f"the ranks of mesh axis {axis!r} were given different work:\n{lines}\n"
@@ -36,10 +38,15 @@ def require_agreement(statement: str, mesh: Mesh, axis: str) -> None:
     )
 
 
-def _all_gather_bytes(data: bytes, mesh: Mesh, axis: str) -> list[bytes]:
+def _all_gather_bytes(
+    data: bytes, mesh: Mesh, axis: str, lengths: Sequence[int] | None = None
+) -> list[bytes]:
+    """What every rank gives, by rank; all of one length unless ``lengths`` says otherwise."""
     link = Link(mesh, axis)
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    all_ = [torch.empty_like(mine) for _ in range(link.size)]
+    mine = torch.tensor(list(data), dtype=torch.uint8)
+    lengths = [len(data)] * link.size if lengths is None else lengths
+    all_ = [torch.empty(length, dtype=torch.uint8) for length in lengths]
     all_[link.rank].copy_(mine)
-    link.exchange([mine] * link.size, all_, what="checking that all ranks agree", control=True)()
+    what = "checking that all ranks agree"
+    link.exchange([mine] * link.size, all_, what=what, control=True)()
     return [bytes(part.tolist()) for part in all_]

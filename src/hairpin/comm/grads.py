@@ -18,7 +18,8 @@ def sync_grads(
     """Replace every ``p.grad`` by its mean over the mesh, in buckets of 32 MiB.
 
     A parameter that got no gradient on this rank counts as zero, so ranks with empty shards take
-    part. Call it once per optimizer step, after the last backward of an accumulation.
+    part; one that got none on any rank keeps none. Call it once per optimizer step, after the last
+    backward of an accumulation.
 
     Args:
         axes: mesh axes to average over; all of them by default. With FSDP2 over ``dp`` alone, give
@@ -29,21 +30,29 @@ def sync_grads(
         CommError: a rank is gone or did not answer.
     """
     mesh = as_mesh(mesh)
-    links = [Link(mesh, axis) for axis in (axes or mesh.axes) if mesh.size(axis) > 1]
+    links = [Link(mesh, a) for a in (mesh.axes if axes is None else axes) if mesh.size(a) > 1]
     if not links:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
+    used = _used_anywhere(parameters, links)
+    for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    locals_ = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    for bucket in _buckets(locals_):
+    for bucket in _buckets(_local(p.grad) for p in used if p.grad is not None):
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
         for link in links:
+            flat /= link.size  # before adding, so that no sum overflows where the mean does not
             link.sum(flat, what=f"averaging {len(bucket)} gradients")()
-            flat /= link.size
         for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
+
+
+def _used_anywhere(parameters: list[nn.Parameter], links: Sequence[Link]) -> list[nn.Parameter]:
+    """The parameters that got a gradient on some rank, the same list on every rank."""
+    counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    for link in links:
+        link.sum(counts, what=f"counting which of {len(parameters)} parameters were used")()
+    return [p for p, count in zip(parameters, counts.tolist(), strict=True) if count]
 
 
 def _local(grad: Tensor) -> Tensor:

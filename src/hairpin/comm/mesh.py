@@ -1,7 +1,8 @@
 """The mesh: named axes of ranks, live over torch.distributed or only a description for planning."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -43,6 +44,26 @@ class Traffic:
         )
 
 
+InFlight = dict[int, tuple[Sequence[dist.Work], object]]
+
+
+class Ticket:
+    """Stands for one started transfer, for as long as somebody may await it."""
+
+    def __init__(self, key: int, in_flight: InFlight) -> None:
+        self.key = key
+        self._in_flight = in_flight
+
+    def release(self) -> None:
+        """The transfer is done."""
+        self._in_flight.pop(self.key, None)
+
+
+def _abandon(key: int, in_flight: InFlight, abandoned: list[int]) -> None:
+    if key in in_flight:
+        abandoned.append(key)
+
+
 @dataclass(frozen=True, eq=False)
 class _Live:
     """The running side of a mesh: torch's mesh, deadline, counters, and transfers under way.
@@ -54,7 +75,8 @@ class _Live:
     device_mesh: DeviceMesh
     timeout_s: float
     traffic: Traffic = field(default_factory=Traffic)
-    in_flight: dict[int, Any] = field(default_factory=dict)
+    in_flight: InFlight = field(default_factory=dict)
+    abandoned: list[int] = field(default_factory=list)
 
 
 class Mesh:
@@ -110,18 +132,21 @@ class Mesh:
         """Counters of what this rank has sent over this mesh."""
         return self._live.traffic if self._live else self._idle
 
-    def keep(self, works: Sequence[dist.Work], buffers: object) -> Callable[[], None]:
-        """Hold a started transfer until it is done; the function returned lets go of it."""
-        in_flight = self._running().in_flight
-        for key in [k for k, (held, _) in in_flight.items() if all(w.is_completed() for w in held)]:
-            del in_flight[key]
-        key = next(self._keys)
-        in_flight[key] = (works, buffers)
+    def keep(self, works: Sequence[dist.Work], buffers: object) -> "Ticket":
+        """Hold a started transfer until it is awaited, or found abandoned by :meth:`sweep`."""
+        live = self._running()
+        ticket = Ticket(next(self._keys), live.in_flight)
+        live.in_flight[ticket.key] = (works, buffers)
+        weakref.finalize(ticket, _abandon, ticket.key, live.in_flight, live.abandoned)
+        return ticket
 
-        def release() -> None:
-            in_flight.pop(key, None)
-
-        return release
+    def sweep(self) -> None:
+        """Let abandoned transfers end: every peer has started them too, earlier than this."""
+        live = self._running()
+        while live.abandoned:
+            works, _ = live.in_flight.pop(live.abandoned.pop())
+            for work in works:
+                work.wait(timedelta(seconds=live.timeout_s))
 
     def size(self, axis: str) -> int:
         """Degree of ``axis``.

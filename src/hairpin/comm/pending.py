@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from hairpin.comm.eager import eager
 
 
 class Pending:
@@ -14,8 +17,10 @@ class Pending:
 
     def __init__(self, finish: Callable[[], Tensor]) -> None:
         self._finish: Callable[[], Tensor] | None = finish
+        self._grad_enabled = torch.is_grad_enabled()
         self._result: Tensor | None = None
 
+    @eager
     def wait(self) -> Tensor:
         """The transferred tensor.
 
@@ -23,7 +28,8 @@ class Pending:
             CommError: a rank is gone or did not answer before the mesh's deadline.
         """
         if self._finish is not None:
-            self._result = self._finish()
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._result = self._finish()
             self._finish = None
         assert self._result is not None
         return self._result

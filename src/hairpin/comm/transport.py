@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hairpin.comm.mesh import Mesh
 from hairpin.errors import CommError
+from hairpin.layout import shard_sizes
 
 Wait = Callable[[], None]
 
@@ -79,31 +80,36 @@ class Link:
                 self._count(chunk.numel(), control=control)
         self.mesh.traffic.collectives += not control
         works = self._post(operations, what)
-        release = self.mesh.keep(works, operations)
+        ticket = self.mesh.keep(works, operations)
 
         def wait() -> None:
             self._wait(works, what)
-            release()
+            ticket.release()
+            self.mesh.sweep()
             for region, buffer in landings:
                 region.copy_(buffer)
 
         return wait
 
     def sum(self, x: Tensor, *, what: str) -> Wait:
-        """Start adding ``x`` over all ranks of the axis, in place."""
-        group = self.mesh.group(self.axis)
-        assert group is not None
-        real = torch.view_as_real(x) if x.is_complex() else x
-        self.mesh.traffic.collectives += 1
-        self.mesh.traffic.bytes_sent += (
-            2 * (self.size - 1) * x.numel() * x.element_size() // self.size
-        )
-        try:
-            work = dist.all_reduce(real, group=group, async_op=True)
-        except RuntimeError as error:
-            raise self._failure(what, error) from error
-        works = [] if work is None else [work]
-        return lambda: self._wait(works, what)
+        """Start adding contiguous ``x`` over all ranks of the axis, in place, in rank order.
+
+        Sends 2 M (N-1)/N bytes: each rank adds up one part and sends it to all.
+        """
+        parts = list(x.view(-1).split(shard_sizes(x.numel(), self.size)))
+        mine = parts[self.rank]
+        terms = [torch.empty_like(mine) for _ in parts]
+        terms[self.rank].copy_(mine)
+        wait = self.exchange(parts, terms, what=what)
+
+        def finish() -> None:
+            wait()
+            mine.copy_(terms[0])
+            for term in terms[1:]:
+                mine.add_(term)
+            self.exchange([mine] * self.size, parts, what=f"{what}, second half")()
+
+        return finish
 
     def _count(self, sent_bytes: int, *, control: bool) -> None:
         traffic = self.mesh.traffic

@@ -204,10 +204,12 @@ def global_mean(total: Tensor, count: Tensor | float, mesh: Mesh | DeviceMesh) -
         count: scalar.
     """
     mesh = as_mesh(mesh)
-    pair = torch.stack([total, torch.as_tensor(count, dtype=total.dtype, device=total.device)])
+    dtype = torch.promote_types(total.dtype, torch.float32)  # half precision cannot count far
+    weight = torch.as_tensor(count, dtype=dtype, device=total.device)
+    pair = torch.stack([total.to(dtype), weight])
     for axis in mesh.axes:
         pair = all_reduce(pair, mesh, axis=axis, grad="replicated")
-    return pair[0] / pair[1]
+    return (pair[0] / pair[1]).to(total.dtype)
 
 
 @overload
@@ -232,6 +234,7 @@ def move(
     grad: Grad = ...,
     wait: bool,
 ) -> Tensor | Pending: ...
+@eager
 def move(
     x: Tensor,
     src: Layout,
