@@ -1,4 +1,4 @@
-"""Unusual but fair models: residuals around stages, skips, side arguments, tuples, tokens, empties."""
+"""Unusual but fair models: residuals around stages, skips, side arguments, tokens, nothing at all."""
 
 from dataclasses import dataclass
 
@@ -192,7 +192,7 @@ class Produced(nn.Module):
 
 
 class Conv(nn.Module):
-    """Channels second, as in convolutions: ``b c t s``; a depthwise convolution along the patches."""
+    """Channels second, as in convolutions: ``b c t s``; a convolution along the patches."""
 
     class Stage(nn.Module):
         def __init__(self) -> None:
@@ -252,16 +252,24 @@ def structured(kind):
     return lambda: ((seeded((2, 6, 5, 4)), kind), {})
 
 
+SKIP = {
+    "down.0": "b t [s] c",
+    "down.1": "b [t] s c",
+    "up.0": "b [t] s c",
+    "up.1": "b t [s] c",
+}
+PASSING = {**PAIR, "passing": "b t s c"}
+KEYWORD = {**PAIR, "first": hp.Seam("b t [s] c", stream_arg="hidden")}
 MODELS = (
     case("residuals around stages", Residual),
     case("residuals, with as many frames as patches as ranks", Residual, x(2, 4, 4, 4)),
-    case("skips", Skip, attends={"down.0": "b t [s] c", "down.1": "b [t] s c", "up.0": "b [t] s c", "up.1": "b t [s] c"}),
+    case("skips", Skip, attends=SKIP),
     case("changes in place", InPlace),
-    case("a stage that gives back what it got", WithPassing, attends={**PAIR, "passing": "b t s c"}),
+    case("a stage that gives back what it got", WithPassing, attends=PASSING),
     masked("a mask and a gain", (2, 6, 1, 1), (6, 5, 1)),
     masked("a gain alone", None, (6, 5, 1)),
     masked("neither", None, None),
-    case("the stream by keyword", ByKeyword, attends={**PAIR, "first": hp.Seam("b t [s] c", stream_arg="hidden")}),
+    case("the stream by keyword", ByKeyword, attends=KEYWORD),
     case("a dict of outputs", Structured, structured("dict")),
     case("a tuple of outputs", Structured, structured("tuple")),
     case("channels second", Conv, attends={"first": "b c t [s]", "second": "b c [t] s"}),
@@ -280,7 +288,7 @@ MODELS = (
             "taker": hp.Seam("b t [s] c", args={"mean": "b t 1 c"}),
         },
     ),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -99,7 +99,7 @@ def _run_lengths(more: tuple[int, ...]) -> dict[tuple[str, int], str]:
         examples = [seeded((2, frames, 5, 4)) for frames in (8, *more)]
         plan = hp.plan(model, examples[0], mesh, attends=STAGES, more_examples=examples[1:])
         hp.parallelize(model, plan, mesh)
-        for frames in (8, 5, 4, 16, 3, 41):
+        for frames in (8, 5, 7, 4, 16, 41):
             outcomes[name, frames] = _outcome(model, truth, seeded((1, frames, 5, 4)))
     return outcomes
 
@@ -114,7 +114,7 @@ def _outcome(model, truth, *arguments) -> str:
     return "right" if same else f"wrong, of shape {tuple(got.shape)}"
 
 
-@pytest.mark.parametrize("more", [(), (5, 16)])
+@pytest.mark.parametrize("more", [(), (5, 7)])
 def test_other_lengths_than_planned_are_right_or_refused(more):
     for outcomes in launch(_run_lengths, 4, more, timeout_s=60):
         assert not [o for o in outcomes.values() if o.startswith("wrong")], outcomes

@@ -25,7 +25,7 @@ from hairpin.layout import Pattern, solve_sizes
 from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.dropout import GlobalDropout
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
-from hairpin.planning.seam import bind, stream_name
+from hairpin.planning.seam import bind, manner, stream_name
 
 
 @dataclass(eq=False)
@@ -47,6 +47,8 @@ class _BeforeModel(_Hook):
                 f"this {plan.model} is in train() but its plan was made in eval(), where dropouts "
                 "do not show; plan again after model.train()"
             )
+        if not attachment.other_lengths:
+            plan.require_manner(manner(module, args, kwargs))
         attachment.mover.agree(lambda: _statement(plan, module, args, kwargs))
         attachment.current = input_sizes(plan.inputs, module, args, kwargs)
         attachment.left = None

@@ -1,6 +1,7 @@
 """Making a plan: the cheapest sequence of splits that a rehearsal on every rank finds right."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -108,6 +109,7 @@ def plan(
         degree=ranks,
         sizes=chain.sizes,
         lengths=(),
+        manners=tuple(case.whole.manner for case in cases),
         inputs=table.inputs,
         training=model.training,
         draws=any(torch.Tag.nondeterministic_seeded in op.tags for op in whole.ops(model)),
@@ -271,6 +273,12 @@ class _Search:
     cases: Sequence[_Case]
     chain: _Chain
     base: Plan
+    eval_cases: Sequence[_Case] = ()
+
+    @property
+    def first(self) -> Run:
+        """The whole model's run on the example."""
+        return self.cases[0].whole
 
     def run(self) -> Plan:
         bans: dict[Ban, str] = {}
@@ -295,12 +303,15 @@ class _Search:
                 whole_around |= torn
                 continue
             candidate = self._plan(path)
+            if candidate.degree == 1:
+                return replace(candidate, dropouts=tuple(self._dropouts(candidate, self.first)))
             fault, runs = self._rehearse(candidate)
             if fault is None:
+                ranks = len(_distinct_ranks(candidate, self.chain.sizes))  # those of the example
                 return replace(
                     candidate,
-                    peak_bytes=max(run.recording.peak_bytes for run in runs),
-                    dropouts=tuple(self._dropouts(candidate, runs[-1])),
+                    peak_bytes=max(run.recording.peak_bytes for run in runs[:ranks]),
+                    dropouts=tuple(self._dropouts(candidate, runs[ranks - 1])),
                     notes=tuple(dict.fromkeys(bans.values())),
                 )
             ban = self._forbid(candidate, fault)
@@ -310,25 +321,39 @@ class _Search:
             )
 
     def _rehearse(self, candidate: Plan) -> tuple[Fault | None, list[Run]]:
-        """Compare each case's whole run with that of every rank that sees other shapes."""
-        if candidate.degree == 1:
-            return None, [self.cases[0].whole]
-        first_runs: list[Run] = []
+        """Compare each case's whole run with that of every rank that sees other shapes.
+
+        A model in ``train()`` is looked at in ``eval()`` too, as the rank with the least would run
+        it.
+        """
+        runs: list[Run] = []
         for case in self.cases:
-            whole_ops = case.whole.ops(self.model)
             for rank in _distinct_ranks(candidate, case.sizes):
-                run = rehearse(self.model, case.example, self.table, candidate, rank)
-                empty = _empty_places(candidate, case.sizes, rank)
-                fault = run.fault or first_fault(whole_ops, run.ops(self.model), passed_over=empty)
-                if fault is None and run.outputs != case.whole.outputs:
-                    count = len(candidate.stages)
-                    reason = "the model's output keeps the split shape"
-                    fault = Fault(None, "", (count, count), reason)
+                fault, run = self._compare(candidate, case, rank)
                 if fault is not None:
-                    return fault, first_runs
-                if case is self.cases[0]:
-                    first_runs.append(run)
-        return None, first_runs
+                    return fault, runs
+                runs.append(run)
+        if self.model.training:
+            with _evaluating(self.model):
+                self.eval_cases = self.eval_cases or [
+                    _Case.of(self.model, self.table, case.example) for case in self.cases
+                ]
+                for case in self.eval_cases:
+                    rank = _distinct_ranks(candidate, case.sizes)[-1]
+                    fault, _ = self._compare(candidate, case, rank)
+                    if fault is not None:
+                        return fault, runs
+        return None, runs
+
+    def _compare(self, candidate: Plan, case: _Case, rank: int) -> tuple[Fault | None, Run]:
+        run = rehearse(self.model, case.example, self.table, candidate, rank)
+        empty = _empty_places(candidate, case.sizes, rank)
+        whole_ops = case.whole.ops(self.model)
+        fault = run.fault or first_fault(whole_ops, run.ops(self.model), passed_over=empty)
+        if fault is None and run.outputs != case.whole.outputs:
+            count = len(candidate.stages)
+            fault = Fault(None, "", (count, count), "the model's output keeps the split shape")
+        return fault, run
 
     def _forbid(self, candidate: Plan, fault: Fault) -> Ban:
         """The pair of states around the code that failed; an error if a listed module failed."""
@@ -371,7 +396,7 @@ class _Search:
         """Each listed parameter or buffer with the split of the place where it is used."""
         for name, pattern in self.table.tensors.items():
             states = set()
-            for op in self.cases[0].whole.recording.calls:
+            for op in self.first.recording.calls:
                 if name in op.sources:
                     begun, ended = op.place
                     state = stages[ended].held if begun > ended else _border(stages, ended)
@@ -386,7 +411,7 @@ class _Search:
     def _dropouts(self, candidate: Plan, part: Run) -> Iterator[DropoutSite]:
         """Every ``nn.Dropout`` that ran, with the dim of its input that is split there."""
         stages = {stage.module: stage for stage in candidate.stages}
-        for path, calls in self.cases[0].whole.dropouts.items():
+        for path, calls in self.first.dropouts.items():
             sites = {
                 _dropout_site(path, shape, part_shape, stages.get(owner), self.chain.sizes)
                 for (owner, shape), (_, part_shape) in zip(calls, part.dropouts[path], strict=True)
@@ -496,6 +521,18 @@ def _candidates(table: Table, free_dims: Sequence[str], sizes: Sizes) -> tuple[s
             )
     bracketed = [d for s in table.seams.values() for d in Pattern.parse(s.stream).bracketed]
     return tuple(dim for dim in dict.fromkeys((*bracketed, *free_dims)) if sizes[dim] > 1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in ``eval()``, and every module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _distinct_ranks(candidate: Plan, sizes: Sizes) -> list[int]:

@@ -106,6 +106,7 @@ class Plan:
         axis, degree: the mesh axis split over and the number of ranks along it.
         sizes: global sizes of the example that the plan was made for; other sizes work too.
         lengths: global lengths of the split dims that were rehearsed, one mapping an example.
+        manners: how the model was called in the rehearsals: its flags, texts and absent arguments.
         inputs: patterns of the model's own arguments.
         draws: whether it draws random numbers outside ``nn.Dropout``; ranks must then be seeded
             alike.
@@ -127,6 +128,7 @@ class Plan:
     degree: int
     sizes: Mapping[str, int]
     lengths: tuple[Mapping[str, int], ...]
+    manners: tuple[Mapping[str, str], ...]
     inputs: Mapping[str, str]
     training: bool
     draws: bool
@@ -173,6 +175,22 @@ class Plan:
                 "lengths too (more_examples=[...]), or attach with other_lengths=True to go on "
                 "unchecked"
             )
+
+    def require_manner(self, manner: Mapping[str, str]) -> None:
+        """Raise unless the model was rehearsed with these flags, texts and absent arguments.
+
+        Raises:
+            PlanError: naming the argument.
+        """
+        if dict(manner) in [dict(known) for known in self.manners]:
+            return
+        known = self.manners[0]
+        names = [n for n in {**known, **manner} if known.get(n) != manner.get(n)]
+        words = ", ".join(f"{n}={manner.get(n)} instead of {known.get(n)}" for n in names)
+        raise PlanError(
+            f"this {self.model} is called in a way that was not rehearsed: {words}. Code may go "
+            "another way there: plan with an example called like this too (more_examples=[...])"
+        )
 
     @property
     def moves(self) -> tuple[Move, ...]:
@@ -316,7 +334,7 @@ def _plan(data: dict[str, Any]) -> Plan:
     stages = tuple(_stage(item) for item in data.pop("stages"))
     tensors = tuple(CarriedTensor(**{"held": None, **item}) for item in data.pop("tensors"))
     dropouts = tuple(DropoutSite(**item) for item in data.pop("dropouts"))
-    data["lengths"] = tuple(data["lengths"])
+    data |= {"lengths": tuple(data["lengths"]), "manners": tuple(data["manners"])}
     sent, notes = tuple(data.pop("sent_bytes_by_rank")), tuple(data.pop("notes"))
     data |= {"stages": stages, "tensors": tensors, "dropouts": dropouts, "notes": notes}
     return Plan(**data, sent_bytes_by_rank=sent)

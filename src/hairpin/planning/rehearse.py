@@ -24,7 +24,7 @@ from hairpin.layout import Layout
 from hairpin.planning.apply import attach, detach
 from hairpin.planning.attachment import Attachment
 from hairpin.planning.plan import Plan
-from hairpin.planning.seam import Table, bind, stream_name
+from hairpin.planning.seam import Table, bind, manner, stream_name
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -55,6 +55,7 @@ class Run:
     dropouts: dict[str, list[tuple[str, Shape]]] = field(default_factory=dict)
     outputs: list[Shape] = field(default_factory=list)
     inputs: dict[str, Shape] = field(default_factory=dict)
+    manner: dict[str, str] = field(default_factory=dict)
     fault: Fault | None = None
 
     def ops(self, model: nn.Module) -> list[OpCall]:
@@ -171,6 +172,7 @@ def _run(model: nn.Module, example: Example, table: Table, plan: Plan | None, ra
         try:
             bound = bind(model, args, kwargs)
             run.inputs = {n: tuple(x.shape) for n, x in bound.items() if isinstance(x, Tensor)}
+            run.manner = manner(model, args, kwargs)
             output = model(*args, **kwargs)
             run.outputs = [
                 tuple(leaf.shape) for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)

@@ -147,6 +147,29 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return {**bound, **kwargs}
 
 
+def manner(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """How a call is made, apart from its numbers: what each argument, given or default, is.
+
+    A tensor, a number, or the type of anything else; of a flag, a text and None the value itself,
+    since code branches on those.
+    """
+    try:
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        call.apply_defaults()
+        bound = dict(call.arguments)
+    except (TypeError, ValueError):
+        bound = bind(module, args, kwargs)
+    return {name: _manner_of(value) for name, value in bound.items()}
+
+
+def _manner_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "tensor"
+    if value is None or isinstance(value, (bool, str)):
+        return repr(value)
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
 def stream_name(path: str, seam: Seam, bound: Mapping[str, Any]) -> str:
     """Name of the argument that carries the stream.
 
