@@ -91,6 +91,18 @@ def test_peak_of_live_bytes():
     assert run.live_bytes == 0
 
 
+@pytest.mark.parametrize("fake", [False, True])
+def test_weights_and_inputs_are_not_activations(fake):
+    model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)), nn.BatchNorm1d(100))
+    x = torch.zeros(2, 100)
+    if fake:
+        with fake_inputs(x, torch.device("cpu")) as x:
+            _, run = record(model.eval(), x.view(1, 2, 100)[0])
+    else:
+        _, run = record(model.eval(), x.view(1, 2, 100)[0])
+    assert run.peak_bytes == 2 * 800
+
+
 def test_a_run_on_fake_tensors_has_the_same_operations():
     model = Model()
     _, real = record(model, torch.zeros(2, 3))

@@ -13,7 +13,16 @@ from hairpin.layout import Layout
 from hairpin.planning.dropout import drop
 from hairpin.run.launch import launch
 from planning.toys import ATTENDS, Along, Video, video_arguments
-from planning.truth import Case, Result, randomised, require_close, require_equal, run, seeded
+from planning.truth import (
+    Case,
+    Result,
+    plan_for,
+    randomised,
+    require_close,
+    require_equal,
+    seeded,
+    split,
+)
 
 
 class Gated(nn.Module):
@@ -94,35 +103,24 @@ CASES = (
 )
 
 
-def _run(cases) -> list[Result]:
+def _run(cases, plans) -> list[Result]:
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
-    results = []
-    for case in cases:
-        model = case.build()
-        plan = hp.plan(
-            model, case.arguments(), mesh, attends=case.attends, more_examples=case.others()
-        )
-        assert hp.Plan.from_toml(plan.to_toml()) == plan
-        hp.parallelize(model, plan, mesh)
-        torch.manual_seed(21)
-        result = run(model, case)
-        hp.sync_grads(model, mesh)
-        result.parameters = {name: p.grad for name, p in model.named_parameters()}
-        for place, grad in enumerate(result.inputs):
-            total = hp.all_reduce(grad, mesh, axis="sp", grad="replicated")
-            result.inputs[place] = total / mesh.world
-        results.append(result)
-    return results
+    return [split(case, plan, mesh) for case, plan in zip(cases, plans, strict=True)]
+
+
+def results_on(ranks: int) -> list[list[Result]]:
+    plans = [plan_for(case, hp.Mesh(sp=ranks)) for case in CASES]
+    return launch(_run, ranks, CASES, plans, timeout_s=90)
 
 
 @pytest.fixture(scope="module")
 def one_rank():
-    return launch(_run, 1, CASES, timeout_s=60)[0]
+    return results_on(1)[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_same_masks_on_any_number_of_ranks(one_rank, ranks):
-    for rank, results in enumerate(launch(_run, ranks, CASES, timeout_s=90)):
+    for rank, results in enumerate(results_on(ranks)):
         for case, got, wanted in zip(CASES, results, one_rank, strict=True):
             require_equal(got, wanted, f"{case.name}, rank {rank} of {ranks}")
 

@@ -178,6 +178,7 @@ def test_blocks_compiled_with_autograd(ranks):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
 @quiet_compiler
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_blocks_compiled_to_machine_code(ranks):

@@ -1,4 +1,4 @@
-"""Unusual but fair models: residuals around stages, skips, side arguments, tokens, nothing at all."""
+"""Unusual but fair models: residuals, skips, side arguments, tokens, nothing at all."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 Shape = tuple[int, ...]
 
@@ -82,11 +82,11 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for result in _tensors(out):
-            self._count(result)
+        if not func.is_view:  # a view holds no bytes of its own; of a weight, none that we count
+            for result in _tensors(out):
+                self._count(result)
         if func.namespace != "prim":
-            formula = flop_registry.get(func.overloadpacket)
-            flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+            flops = _flops(func, args, kwargs, out)
             if self.muted:
                 self.muted_flops += flops
             else:
@@ -202,6 +202,14 @@ class _Composites(TorchFunctionMode):
         if name is None:
             return func(*args, **(kwargs or {}))
         return self.recorder.composite(name, func, args, kwargs or {})
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Multiply and add operations of one call; 0 where torch knows no formula."""
+    if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(tuple(x.shape) for x in args[:3])))
+    formula = flop_registry.get(func.overloadpacket)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
