@@ -32,8 +32,8 @@ def sp2d(
         str, typer.Option(help="Bandwidths of each rank's link, separated by commas.")
     ] = "unlimited,1gbit,400mbit,200mbit,100mbit,50mbit",
     rounds: Rounds = 9,
-    frames: Annotated[int, typer.Option(min=1)] = 16,
-    patches: Annotated[int, typer.Option(min=1)] = 256,
+    frames: Annotated[int, typer.Option(min=1)] = 64,
+    patches: Annotated[int, typer.Option(min=1)] = 64,
     channels: Annotated[int, typer.Option(min=1)] = 64,
     heads: Annotated[int, typer.Option(min=1, help="A divisor of the channels.")] = 4,
     sync_gradients: Annotated[
