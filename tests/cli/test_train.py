@@ -29,7 +29,8 @@ def error_line(done) -> str:
 
 def program(*words: object, cwd: Path, **kwargs) -> subprocess.Popen[str]:
     """The command in a process and process group of its own."""
-    code = "from hairpin.cli.app import main; main()"
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from hairpin.cli.app import main; main()"  # a background shell ignores it
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=cwd,

@@ -226,7 +226,8 @@ def test_ranks_that_ignore_a_failure_and_sigterm_are_killed(tmp_path):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from pathlib import Path
 from hairpin.run.launch import launch
 import os
