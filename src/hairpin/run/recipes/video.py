@@ -87,8 +87,8 @@ class VideoRecipe:
 def video_digits() -> VideoRecipe:
     """One handwritten digit on 12 x 16 pixels: see 4 frames, predict the other 12.
 
-    No frame repeats: the paths come back on themselves after 16 frames. About 40 minutes on one
-    core.
+    The motion has a period of 16 frames, though a digit that turns in a corner goes back the way it
+    came. About 40 minutes on one core.
     """
     return VideoRecipe(
         name="video-digits",
