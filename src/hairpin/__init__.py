@@ -18,9 +18,10 @@ if TYPE_CHECKING:
         scatter,
         switch,
     )
-    from hairpin.errors import HairpinError
+    from hairpin.errors import HairpinError, MemoryBudgetError
     from hairpin.layout import Layout
     from hairpin.planning.apply import detach, parallelize, plan_of
+    from hairpin.planning.fitted import estimate
     from hairpin.planning.make import plan
     from hairpin.planning.plan import Plan
     from hairpin.planning.seam import Seam
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
+    "MemoryBudgetError": "hairpin.errors",
     "Mesh": "hairpin.comm.mesh",
     "Pending": "hairpin.comm.pending",
     "Plan": "hairpin.planning.plan",
     "Seam": "hairpin.planning.seam",
     "all_reduce": "hairpin.comm.verbs",
     "detach": "hairpin.planning.apply",
+    "estimate": "hairpin.planning.fitted",
     "gather": "hairpin.comm.verbs",
     "global_mean": "hairpin.comm.verbs",
     "init_mesh": "hairpin.comm.mesh",
@@ -51,12 +54,14 @@ _HOMES = {
 __all__ = [
     "HairpinError",
     "Layout",
+    "MemoryBudgetError",
     "Mesh",
     "Pending",
     "Plan",
     "Seam",
     "all_reduce",
     "detach",
+    "estimate",
     "gather",
     "global_mean",
     "init_mesh",

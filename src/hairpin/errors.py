@@ -28,6 +28,10 @@ class SplitError(PlanError):
     """A module computes along a dim that the plan splits there, so the result would be wrong."""
 
 
+class TraceError(PlanError):
+    """A block cannot be exported as a graph, or is called in a way its graph does not hold for."""
+
+
 class CommError(HairpinError, RuntimeError):
     """A transfer between ranks failed: a rank is gone, or did not answer in time."""
 
@@ -65,4 +69,10 @@ class NumericsError(HairpinError, ArithmeticError):
 
 
 class MemoryBudgetError(HairpinError, RuntimeError):
-    """More bytes are needed than the budget allows."""
+    """More bytes are needed than the budget allows.
+
+    Attributes:
+        floor_bytes: the least budget that could be met, 0 where it is not known.
+    """
+
+    floor_bytes: int = 0

@@ -47,3 +47,70 @@ def test_an_unwritable_folder_is_named_before_measuring(tmp_path):
     blocked.write_text("in the way")
     with pytest.raises(OutputError, match=r"cannot write into .*file.*--out"):
         CliRunner().invoke(app, ["switch", "--out", str(blocked)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "table,longst"], "there is no part 'longst'"),
+        (["--ratios", "0.5,much"], "cannot read the ratios"),
+        (["--ratios", "2"], "cannot read the ratios '2'"),
+    ],
+)
+def test_chunk_refuses_what_it_cannot_measure(tmp_path, arguments, message):
+    done = CliRunner().invoke(app, ["chunk", *arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_chunk_hands_on_its_options_and_prints_and_writes(tmp_path, monkeypatch):
+    from hairpin.bench import chunking
+
+    row = {
+        "model": "GPT-2",
+        "variant": "eager",
+        "ratio": 0.2,
+        "eager_peak_bytes": 1000,
+        "peak_bytes": 215,
+        "time_ratio": 1.0625,
+        "relative_error": 3e-7,
+        "search_s": 2.25,
+        "floor_bytes": None,
+    }
+    missing = dict.fromkeys(("peak_bytes", "time_ratio", "relative_error", "search_s"))
+    line = {
+        "ratio": 0.2,
+        "rows": 2,
+        "feasible": 1,
+        "honoured": 1,
+        "exact": 1,
+        "median_time_ratio": 1.0625,
+        "worst_time_ratio": 1.0625,
+        "worst_relative_error": 3e-7,
+    }
+    asked = []
+
+    def measure(settings, *, say):
+        asked.append(settings)
+        table = [row, {**row, **missing, "floor_bytes": 300}]
+        return {"settings": {"parts": ["table", "longest"]}, "table": table, "summary": [line]}
+
+    monkeypatch.setattr(chunking, "measure", measure)
+    arguments = ["--parts", "table,longest", "--models", "GPT-2 (eager), Wan", "--ratios", "0.2"]
+    arguments += ["--rounds", "2", "--longest-budget", "1GiB", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["chunk", *arguments])
+    assert done.exit_code == 0, done.output
+    assert asked == [
+        chunking.Settings(
+            parts=("table", "longest"),
+            titles=("GPT-2 (eager)", "Wan"),
+            ratios=(0.2,),
+            rounds=2,
+            longest_budget_bytes=2**30,
+        )
+    ]
+    for words in ("GPT-2 eager", "0.215", "1.06 x", "2.2 s", "floor 0.30", "1 of 2", "longest: in"):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert len(json.loads((tmp_path / "chunk.json").read_text())["table"]) == 2

@@ -82,7 +82,10 @@ def test_a_model_that_needs_values_is_built_for_real_with_a_word(run):
         ),
         (["small:pair", "--devices", 2, "--attends", "small:NUMBER"], "of type int; name a dict"),
         (["small:whole", "--devices", 2, "--memory", "2apples"], "cannot read '2apples'"),
-        (["small:whole", "--devices", 2, "--memory", "1KiB"], "more than the 1.00 KiB allowed"),
+        (
+            ["small:whole", "--devices", 2, "--memory", "1KiB"],
+            "Model cannot run in 1.00 KiB of activations: the floor is",
+        ),
         (["small:whole", "--devices", 2, "-o", "no/plan.toml"], "cannot write the plan to no/plan"),
     ],
 )

@@ -90,7 +90,6 @@ def test_a_side_argument_that_carries_the_dim_and_is_not_listed():
 
 
 TABLE_MISTAKES = {
-    "no table": (None, "attends is missing; name the modules"),
     "an empty table": ({}, "the attends table is empty"),
     "matches nothing": (
         {"block.*.spacial": "b t [s] c"},
@@ -219,10 +218,6 @@ def test_nothing_can_be_split():
 def test_memory():
     needed = plan().peak_bytes
     assert plan(memory=needed).peak_bytes == needed
-    with pytest.raises(
-        MemoryBudgetError, match=r"needs .* of activations on each of 4 ranks, more than"
-    ):
-        plan(memory=needed - 1)
     with pytest.raises(MemoryBudgetError, match="100 B"):
         plan(memory="100 B")
     with pytest.raises(UnitError, match="2 apples"):
@@ -238,13 +233,13 @@ def test_a_mesh_without_the_axis():
 def test_a_plan_for_another_model():
     made = plan(mesh=hp.Mesh(sp=1))
     with pytest.raises(
-        PlanError, match=r"splits module 'blocks\.1.spatial', which Video does not have"
+        PlanError, match=r"names module 'blocks\.1.spatial', which Video does not have"
     ):
         hp.parallelize(Video(depth=1), made)
     with pytest.raises(PlanError, match="a Video of another structure"):
         hp.parallelize(Video(depth=3), made)
     with pytest.raises(
-        PlanError, match=r"made for Video and splits module 'blocks\.0.spatial', which Linear"
+        PlanError, match=r"made for Video and names module 'blocks\.0.spatial', which Linear"
     ):
         hp.parallelize(nn.Linear(2, 2), made)
 
@@ -403,8 +398,8 @@ def test_corrupt_and_old_toml():
     text = plan().to_toml()
     spoiled = {
         "not valid TOML": text[:-20] + '"',
-        "version 0, this Hairpin reads version": text.replace("version = 1", "version = 0"),
-        "version None": text.replace("version = 1\n", ""),
+        "version 0, this Hairpin reads version": text.replace("version = 2", "version = 0"),
+        "version None": text.replace("version = 2\n", ""),
         "not a whole plan": text.replace("degree = 4\n", ""),
         "not a whole plan.*surplus": text.replace("degree = 4\n", "degree = 4\nsurplus = 1\n"),
         "not a whole plan.*what": text.replace('what = "stream"\n', "", 1),

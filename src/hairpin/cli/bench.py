@@ -1,7 +1,8 @@
-"""``hairpin bench``: benchmarks on emulated links, as tables, JSON and curves."""
+"""``hairpin bench``: benchmarks as tables, JSON and curves."""
 
 import json as json_text
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from hairpin.units import format_bytes, format_time
 _RESULTS = Path("benchmarks/results")
 
 app = typer.Typer(
-    help="Measure bytes and time on links of limited bandwidth (needs root for the limits).",
+    help="Measure bytes and time: of links of limited bandwidth (as root), and of memory budgets.",
     no_args_is_help=True,
 )
 
@@ -95,9 +96,74 @@ def switch(
         _print_switch(result)
 
 
+@app.command("chunk")
+def chunk(
+    *,
+    parts: Annotated[
+        str | None, typer.Option(help="Which to measure, separated by commas; all if left out.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Titles of models, separated by commas; all if left out.")
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Budgets as parts of the model's own peak, separated by commas.")
+    ] = "0.5,0.3,0.2",
+    rounds: Rounds = 5,
+    longest_budget: Annotated[
+        str, typer.Option(help="Budget that the longest length is looked for in.")
+    ] = "2GiB",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Keep third-party models under budgets of memory, and say what that costs."""
+    _quiet_torch()
+    _make(out)
+    from hairpin.bench import chunking
+    from hairpin.units import parse_bytes
+
+    settings = chunking.Settings(
+        parts=chunking.PARTS if parts is None else _chosen(parts, chunking.PARTS),
+        titles=() if models is None else tuple(name.strip() for name in models.split(",")),
+        ratios=_ratios(ratios),
+        rounds=rounds,
+        longest_budget_bytes=parse_bytes(longest_budget),
+    )
+    _warn_of_load()
+    result = chunking.measure(settings, say=say)
+    _save(result, out, "chunk")
+    if json:
+        print_json(result)
+    else:
+        _print_chunk(result)
+
+
+def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(
+                f"there is no part {name!r}; write some of {', '.join(known)}, separated by commas"
+            )
+    return names
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < ratio <= 1 for ratio in found):
+        raise typer.BadParameter(
+            f"cannot read the ratios {text!r}; write numbers above 0 and up to 1, separated by "
+            "commas, for example 0.5,0.2"
+        )
+    return found
+
+
 def _quiet_torch() -> None:
-    """Keep torch's warnings about host names, which mean nothing here, out of the way."""
+    """Keep torch's warnings about host names, and its profiler's stages, out of the way."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def _warn_of_load() -> None:
@@ -171,6 +237,62 @@ def _bytes_table(result: dict[str, Any]) -> Any:
             "" if ratio is None else f"{ratio['forward']:.3f}",
         )
     return table
+
+
+def _print_chunk(result: dict[str, Any]) -> None:
+    for part, title in (("summary", "all models at each budget"), ("table", "each model")):
+        if result.get(part):
+            stdout().print(_chunk_table(part, title, result[part]))
+    others = [part for part in result["settings"]["parts"] if part != "table"]
+    if others:
+        print_text(f"{', '.join(others)}: in the JSON")
+
+
+def _chunk_table(part: str, title: str, rows: Sequence[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, title=title)
+    describe = _summary_cells if part == "summary" else _row_cells
+    for heading in describe(rows[0]):
+        left = heading == "model"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+    for row in rows:
+        table.add_row(*describe(row).values())
+    return table
+
+
+def _summary_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "budget": f"{row['ratio']:g}",
+        "fits": f"{row['feasible']} of {row['rows']}",
+        "honoured": str(row["honoured"]),
+        "as certified": str(row["exact"]),
+        "time, median": _times(row["median_time_ratio"]),
+        "worst": _times(row["worst_time_ratio"]),
+        "error": _number(row["worst_relative_error"], ".0e"),
+    }
+
+
+def _row_cells(row: dict[str, Any]) -> dict[str, str]:
+    fits = row["peak_bytes"] is not None
+    floor = row["floor_bytes"]
+    least = "no plan" if not floor else f"floor {floor / row['eager_peak_bytes']:.2f}"
+    return {
+        "model": f"{row['model']} {row['variant']}".strip(),
+        "budget": f"{row['ratio']:g}",
+        "peak": f"{row['peak_bytes'] / row['eager_peak_bytes']:.3f}" if fits else least,
+        "time": _times(row["time_ratio"]),
+        "error": _number(row["relative_error"], ".0e"),
+        "search": _number(row["search_s"], ".1f", " s"),
+    }
+
+
+def _times(ratio: float | None) -> str:
+    return _number(ratio, ".2f", " x")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _print_switch(result: dict[str, Any]) -> None:

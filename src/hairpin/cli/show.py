@@ -15,7 +15,7 @@ def show(
     *,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Print a saved plan: each switch with its layouts, bytes and time."""
+    """Print a saved plan: each switch and each loop, with its bytes and time."""
     import tomllib
 
     from hairpin.planning.plan import Plan

@@ -24,6 +24,7 @@ from hairpin.errors import LayoutError, PlanError
 from hairpin.layout import Pattern, solve_sizes
 from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.dropout import GlobalDropout
+from hairpin.planning.looped import attach_loops, detach_loops
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
 from hairpin.planning.seam import bind, manner, stream_name
 
@@ -33,6 +34,14 @@ class _Hook:
     """A hook that belongs to an attachment; found again by its type."""
 
     attachment: Attachment
+
+
+@dataclass(eq=False)
+class _Carries(_Hook):
+    """Marks a model whose plan has loops alone."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Nothing is done before such a model."""
 
 
 @dataclass(eq=False)
@@ -219,7 +228,12 @@ def parallelize(
             f"{mesh.size(plan.axis)} there; plan again for this mesh"
         )
     mesh.group(plan.axis)
-    attach(model, Attachment(plan, LiveMover(mesh, plan.axis), other_lengths))
+    attach_loops(model, plan.loops, plan.programs)
+    attachment = Attachment(plan, LiveMover(mesh, plan.axis), other_lengths)
+    if plan.stages:
+        attach(model, attachment)
+    else:
+        model.register_forward_pre_hook(_Carries(attachment))
     return model
 
 
@@ -276,6 +290,7 @@ def detach(model: nn.Module) -> Plan | None:
                     registry.pop(key, None)
         if isinstance(module.__dict__.get("forward"), GlobalDropout):
             del module.__dict__["forward"]
+    detach_loops(model)
     return plan
 
 
@@ -286,7 +301,8 @@ def _is_ours(hook: object) -> bool:
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan that a model carries, or None."""
     hooks: Sequence[object] = list(model._forward_pre_hooks.values())
-    return next((hook.attachment.plan for hook in hooks if isinstance(hook, _BeforeModel)), None)
+    marks = (_BeforeModel, _Carries)
+    return next((hook.attachment.plan for hook in hooks if isinstance(hook, marks)), None)
 
 
 def input_sizes(

@@ -24,6 +24,8 @@ _GOLDEN = -7046029254386353131
 class GlobalDropout:
     """Stands in for the forward of one ``nn.Dropout`` on a split tensor."""
 
+    ours = True
+
     def __init__(self, module: nn.Module, site: DropoutSite, attachment: Attachment) -> None:
         self.module = module
         self.site = site

@@ -11,12 +11,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hairpin.comm.mesh import Mesh, as_mesh
-from hairpin.errors import LayoutError, MemoryBudgetError, PlanError, SplitError
+from hairpin.errors import LayoutError, PlanError, SplitError
 from hairpin.graph.dims import Fault, differing, first_fault
 from hairpin.graph.trace import Shape
 from hairpin.layout import Layout, Pattern, shard_sizes, solve_sizes
 from hairpin.planning.apply import require_bare
+from hairpin.planning.budget import Progress
 from hairpin.planning.cost import Costs, sent_bytes, sent_bytes_by_rank, share
+from hairpin.planning.derive import derive_attends
+from hairpin.planning.fitted import plan_loops, with_loops
 from hairpin.planning.plan import (
     CarriedTensor,
     DropoutSite,
@@ -29,7 +32,7 @@ from hairpin.planning.plan import (
 from hairpin.planning.rehearse import Example, Run, StageCall, as_example, rehearse
 from hairpin.planning.seam import Attends, Seam, Table, match_table
 from hairpin.planning.shard import Cost, cheapest_path
-from hairpin.units import format_bytes, parse_bytes
+from hairpin.units import parse_bytes
 
 _IDLE_S = (
     1e3  # a stage that leaves half of the ranks without work is taken only if there is no other
@@ -43,7 +46,7 @@ Ban = tuple[str, Held, Held]
 def plan(
     model: nn.Module,
     example: Any,
-    mesh: Mesh | DeviceMesh,
+    mesh: Mesh | DeviceMesh | None = None,
     *,
     attends: Attends | None = None,
     dims: str | None = None,
@@ -53,8 +56,13 @@ def plan(
     output_grad: OutputGrad = "replicated",
     more_examples: Sequence[Any] = (),
     memory: int | str | None = None,
+    backward: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """Find where to split a model over one mesh axis, on shapes alone: needs no devices.
+
+    With a budget of ``memory``, blocks that hold too much are given loops over chunks of a dim; a
+    budget alone, without a mesh, plans for one device.
 
     The model is rehearsed on fake tensors at its global shape and again at each local shape that a
     rank of the plan would see. The operations must be the same, and none may compute along a dim
@@ -64,8 +72,9 @@ def plan(
     Args:
         model: may lie on the meta device. Plan in the mode, ``train()`` or ``eval()``, it will run.
         example: a tensor, a tuple of arguments, a dict of keyword arguments, or ``(args, kwargs)``.
-        mesh: live, or a description such as ``hp.Mesh(sp=8)``.
-        attends: module path -> pattern or :class:`~hairpin.Seam`; see there.
+        mesh: live, or a description such as ``hp.Mesh(sp=8)``; left out for one device.
+        attends: module path -> pattern or :class:`~hairpin.Seam`; see there. Left out, it is
+            derived by following every dim through the model.
         dims: pattern of the stream, where the table only names dims.
         free_dims: dims to consider besides those in brackets, such as the batch ``"b"``. Every
             argument that carries such a dim must have its pattern in the table.
@@ -75,22 +84,37 @@ def plan(
             output, as an unedited training script does; ``"partial"`` where each computes its own.
         more_examples: inputs of other lengths that the plan must also be right for. A forward of
             lengths that were not rehearsed is refused.
-        memory: bytes, or text such as ``"2GiB"``, that one rank's activations may take.
+        memory: bytes, or text such as ``"2GiB"``, that one rank's activations may take: all that
+            a forward allocates, its outputs included, parameters and inputs not.
+        backward: whether the budget is for a forward and a backward; gradients count then.
+        progress: called with a few words as the search for loops goes on.
 
     Raises:
         PlanError: the table or the example is wrong, or there is no way to split.
         SplitError: a listed module computes along a dim that its pattern does not bracket.
-        MemoryBudgetError: the activations of the best plan need more than ``memory``.
+        MemoryBudgetError: no loops bring the activations under ``memory``; says the floor and what
+            sets it.
         MeshError: no such axis.
     """
-    ranks = as_mesh(mesh).size(axis)
     require_bare(model)
-    if attends is None:
-        raise PlanError(
-            "attends is missing; name the modules that compute along a dim, for example "
-            "attends={'blocks.*.spatial': 'b t [s] c', 'blocks.*.temporal': 'b [t] s c'}"
-        )
     budget_bytes = None if memory is None else parse_bytes(memory)
+    if mesh is None:
+        if budget_bytes is None:
+            raise PlanError(
+                "there is nothing to plan for: give a mesh to split over, such as hp.Mesh(sp=4), "
+                "or a budget, such as memory='2GiB', or both"
+            )
+        return plan_loops(
+            model,
+            as_example(example),
+            budget_bytes,
+            axis=axis,
+            backward=backward,
+            progress=progress,
+        )
+    ranks = as_mesh(mesh).size(axis)
+    if attends is None:
+        attends = derive_attends(model, example, ranks=ranks)
     table = match_table(model, attends, dims)
     cases = [_Case.of(model, table, given) for given in (example, *more_examples)]
     whole = cases[0].whole
@@ -119,13 +143,11 @@ def plan(
         whole_peak_bytes=whole.recording.peak_bytes,
     )
     found = _Search(model, table, cases, chain, base).run()
-    if budget_bytes is not None and found.peak_bytes > budget_bytes:
-        raise MemoryBudgetError(
-            f"one forward of {found.model} needs {format_bytes(found.peak_bytes)} of activations "
-            f"on each of {ranks} ranks, more than the {format_bytes(budget_bytes)} allowed; use "
-            "more ranks, a smaller batch, or a larger budget"
-        )
-    return found
+    if budget_bytes is None:
+        return found
+    return with_loops(
+        model, cases[0].example, found, budget_bytes, backward=backward, progress=progress
+    )
 
 
 @dataclass(frozen=True)

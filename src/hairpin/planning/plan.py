@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ from torch import nn
 
 from hairpin.errors import LayoutError, OutputError, PlanError
 from hairpin.layout import Pattern
+from hairpin.planning.loops import BlockLoops, explain_loops, loops_from
 from hairpin.planning.seam import Seam
 from hairpin.units import format_bytes, format_time
 
-VERSION = 1
+VERSION = 2
 OutputGrad = Literal["replicated", "partial"]
 
 
@@ -98,7 +99,9 @@ class DropoutSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one model is split over one mesh axis. Made by :func:`hairpin.plan` or read from TOML.
+    """Where one model is split over one mesh axis, and which of its blocks run as loops.
+
+    Made by :func:`hairpin.plan` or read from TOML.
 
     Attributes:
         model: class name of the model.
@@ -119,7 +122,11 @@ class Plan:
         sent_bytes_by_rank: payload bytes that each rank sends in one forward.
         notes: splits that were cheaper and would have been wrong, with the reason.
         peak_bytes: most bytes alive in one rank's forward, parameters not counted.
-        whole_peak_bytes: the same for one process without a split.
+        whole_peak_bytes: the same for one process without a split or loops.
+        memory_bytes: the budget that the loops keep to, 0 where there was none.
+        loops: of each distinct block that has any.
+        left: modules that were left as they are although they hold much, with the reason.
+        programs: the loops ready to run; only in the plan that was just made, not in files.
     """
 
     model: str
@@ -140,6 +147,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     peak_bytes: int = 0
     whole_peak_bytes: int = 0
+    memory_bytes: int = 0
+    loops: tuple[BlockLoops, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    programs: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = {"model": str, "fingerprint": str, "axis": str, "degree": int, "training": bool}
@@ -210,7 +221,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """A short name for exactly this plan."""
-        text = json.dumps(asdict(self), sort_keys=True, default=dict)
+        text = json.dumps(_data(self), sort_keys=True, default=dict)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def explain(self) -> str:
@@ -219,7 +230,7 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as TOML text."""
-        return tomli_w.dumps(_without_none({"version": VERSION, **_plain(asdict(self))}))
+        return tomli_w.dumps(_without_none({"version": VERSION, **_plain(_data(self))}))
 
     @classmethod
     def from_toml(cls, text: str) -> "Plan":
@@ -276,10 +287,11 @@ class Plan:
             PlanError: the model lacks a module of the plan or has another structure.
         """
         modules = dict(model.named_modules())
-        missing = [stage.module for stage in self.stages if stage.module not in modules]
+        named = [s.module for s in self.stages] + [m for b in self.loops for m in b.modules]
+        missing = [module for module in named if module not in modules]
         if missing:
             raise PlanError(
-                f"this plan was made for {self.model} and splits module '{missing[0]}', which "
+                f"this plan was made for {self.model} and names module '{missing[0]}', which "
                 f"{type(model).__name__} does not have; make a plan for this model"
             )
         if fingerprint(model) != self.fingerprint:
@@ -312,6 +324,13 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Any]]:
     return sorted([*model.named_parameters(), *model.named_buffers()])
 
 
+def _data(plan: Plan) -> dict[str, Any]:
+    """All that a plan says, as dicts."""
+    data = asdict(replace(plan, programs={}))
+    del data["programs"]
+    return data
+
+
 def _plain(value: Any) -> Any:
     """Mappings and tuples as the dicts and lists that TOML knows."""
     if isinstance(value, Mapping):
@@ -335,9 +354,10 @@ def _plan(data: dict[str, Any]) -> Plan:
     tensors = tuple(CarriedTensor(**{"held": None, **item}) for item in data.pop("tensors"))
     dropouts = tuple(DropoutSite(**item) for item in data.pop("dropouts"))
     data |= {"lengths": tuple(data["lengths"]), "manners": tuple(data["manners"])}
+    loops = loops_from(data.pop("loops"))
     sent, notes = tuple(data.pop("sent_bytes_by_rank")), tuple(data.pop("notes"))
     data |= {"stages": stages, "tensors": tensors, "dropouts": dropouts, "notes": notes}
-    return Plan(**data, sent_bytes_by_rank=sent)
+    return Plan(**data, sent_bytes_by_rank=sent, loops=loops)
 
 
 def _stage(item: dict[str, Any]) -> Stage:
@@ -354,6 +374,36 @@ def _stage(item: dict[str, Any]) -> Stage:
 
 
 def _explain(plan: Plan) -> str:
+    parts = []
+    if plan.stages or not plan.memory_bytes:
+        parts.append(_explain_split(plan))
+    if plan.memory_bytes:
+        parts.append(_explain_memory(plan))
+    return "\n\n".join(parts)
+
+
+def _explain_memory(plan: Plan) -> str:
+    head = (
+        f"{plan.model} within {format_bytes(plan.memory_bytes)} of activations: "
+        f"{format_bytes(plan.peak_bytes)} certified, {format_bytes(plan.whole_peak_bytes)} without "
+        "loops"
+    )
+    if not plan.loops:
+        return f"{head}\nno loops are needed"
+    cost_s = sum(loop.cost_s * len(block.modules) for block in plan.loops for loop in block.loops)
+    return "\n".join(
+        [
+            head,
+            "",
+            *_aligned(explain_loops(plan.loops)),
+            "",
+            f"{format_time(cost_s)} more than the same operations without loops, as predicted",
+            *(f"left as it is: '{path or plan.model}': {why}" for path, why in plan.left.items()),
+        ]
+    )
+
+
+def _explain_split(plan: Plan) -> str:
     sizes = ", ".join(f"{dim}={size}" for dim, size in plan.sizes.items())
     head = f"{plan.model} over {plan.degree} ranks of mesh axis '{plan.axis}' ({sizes})"
     rows: list[tuple[str, ...]] = [

@@ -124,7 +124,7 @@ def rehearse(
     """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     try:
-        with _quiet_fakes(), fake_inputs(example, device) as (args, kwargs):
+        with quiet_fakes(), fake_inputs(example, device) as (args, kwargs):
             return _run(model, (args, kwargs), table, plan, rank)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if device.type == "meta":
@@ -136,7 +136,7 @@ def rehearse(
 
 
 @contextmanager
-def _quiet_fakes() -> Iterator[None]:
+def quiet_fakes() -> Iterator[None]:
     """Keep torch from logging the errors that a rehearsal is there to find."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
@@ -147,7 +147,7 @@ def _quiet_fakes() -> Iterator[None]:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def plainly() -> Iterator[None]:
     """Without compiled blocks and without torch's fused inference path for its own transformers."""
     was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -161,7 +161,7 @@ def _plainly() -> Iterator[None]:
 
 def _run(model: nn.Module, example: Example, table: Table, plan: Plan | None, rank: int) -> Run:
     args, kwargs = example
-    with torch.no_grad(), _plainly(), recording(model) as recorder:
+    with torch.no_grad(), plainly(), recording(model) as recorder:
         run = Run(recorder.recording)
 
         if plan is not None:

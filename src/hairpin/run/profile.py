@@ -108,7 +108,7 @@ def profile(
         sent = _traffic(mesh).since(before)
         times_s = [_timed(model, step) for _ in range(repeats)]
         _drop_gradients(model)
-        peak = _peak_cuda_bytes if device.type == "cuda" else _peak_cpu_bytes
+        peak = _peak_cuda_bytes if device.type == "cuda" else peak_cpu_bytes
         peak_bytes = peak(step)
     return Profile(
         peak_bytes=peak_bytes,
@@ -133,8 +133,11 @@ def _timed(model: nn.Module, step: Callable[[], None]) -> float:
     return time.perf_counter() - start_s
 
 
-def _peak_cpu_bytes(step: Callable[[], None]) -> int:
-    """Highest running sum of what the step allocates less what it releases."""
+def peak_cpu_bytes(step: Callable[[], None]) -> int:
+    """Most bytes in use on the CPU during ``step`` beyond what was in use before it, exactly.
+
+    The highest running sum of what the profiler sees allocated less what it sees released.
+    """
     with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     result = profiler.profiler.kineto_results if profiler.profiler else None

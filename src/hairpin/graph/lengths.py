@@ -1,0 +1,79 @@
+"""Numbers that depend on lengths: compiled once, evaluated at any lengths in microseconds."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+
+
+def hint(size: Any) -> int:
+    """The length that a symbolic size had in the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def hints(sizes: Iterable[Any]) -> list[int]:
+    """The lengths that symbolic sizes had in the example."""
+    return [hint(size) for size in sizes]
+
+
+def expression(size: Any) -> Any:
+    """A size as sympy knows it."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def symbol(size: Any) -> Any:
+    """The symbol that a size is, None for a fixed or composed one."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+        return size.node.expr
+    return None
+
+
+def is_open(size: Any) -> bool:
+    """Whether a size depends on lengths that a trace left open."""
+    return isinstance(size, torch.SymInt)
+
+
+def compiled(sizes: Sequence[Any]) -> Callable[[Mapping[Any, int]], list[int]]:
+    """A function from lengths (symbol -> int) to the values of these sizes.
+
+    Args:
+        sizes: integers, and symbolic integers of a traced graph.
+    """
+    expressions = [expression(size) for size in sizes]
+    symbols = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
+    function = sympy.lambdify(symbols, expressions, modules=[_functions(), "math"])
+
+    def evaluate(lengths: Mapping[Any, int]) -> list[int]:
+        return [int(value) for value in function(*(lengths[symbol] for symbol in symbols))]
+
+    return evaluate
+
+
+def same_size(length: Any, whole: Any, unit: int, whole_unit: int) -> bool:
+    """Whether ``length / unit == whole / whole_unit`` at any lengths, not only the example's."""
+    mine, theirs = expression(length), expression(whole)
+    return bool(sympy.expand(mine * whole_unit - theirs * unit) == 0)
+
+
+def _functions() -> dict[str, Callable[..., Any]]:
+    """What torch's own symbolic functions mean in Python."""
+    return {
+        "FloorDiv": lambda a, b: a // b,
+        "CleanDiv": lambda a, b: a // b,
+        "Mod": lambda a, b: a % b,
+        "PythonMod": lambda a, b: a % b,
+        "ModularIndexing": lambda a, b, c: (a // b) % c,
+        "Max": max,
+        "Min": min,
+        "IntTrueDiv": lambda a, b: a / b,
+        "FloatTrueDiv": lambda a, b: a / b,
+        "ToFloat": float,
+        "TruncToInt": int,
+        "FloorToInt": lambda a: int(a // 1),
+        "CeilToInt": lambda a: -int(-a // 1),
+        "RoundToInt": round,
+        "Where": lambda condition, a, b: a if condition else b,
+        "PowByNatural": pow,
+        "Identity": lambda a: a,
+    }

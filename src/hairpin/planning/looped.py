@@ -1,0 +1,181 @@
+"""Loops on a live model: each planned block's forward is its graph with loops, until detached."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hairpin.errors import PlanError, TraceError
+from hairpin.graph.export import Traced, filled, trace
+from hairpin.planning.choose import Speeds
+from hairpin.planning.loops import BlockLoops
+from hairpin.planning.program import Program, Search, make_program, restored
+from hairpin.planning.stamp import stamp
+
+_log = logging.getLogger(__name__)
+
+
+class LoopedForward:
+    """Stands in for the forward of one block.
+
+    Args:
+        shared: the programs of all blocks of its kind.
+    """
+
+    ours = True
+
+    def __init__(self, block: nn.Module, loops: BlockLoops, shared: "Shared") -> None:
+        self.block = block
+        self.loops = loops
+        self.shared = shared
+        self.original = type(block).forward.__get__(block)
+        self.stamp = stamp(block)
+        self.__signature__ = inspect.signature(self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block, loops = self.block, self.loops
+        if block.training != loops.training:
+            now, then = ("train()", "eval()") if block.training else ("eval()", "train()")
+            raise PlanError(
+                f"this {loops.block} is in {now} and its loops were planned in {then}; plan again "
+                f"after model.{now}"
+            )
+        if stamp(block) != self.stamp:
+            raise PlanError(_changed(loops.block))
+        if not loops.backward and torch.is_grad_enabled() and _wants_gradients(block, args, kwargs):
+            raise PlanError(
+                f"the loops of this {loops.block} were planned for a forward alone, and this call "
+                "keeps what a backward needs; run it under torch.no_grad(), or plan with "
+                "backward=True"
+            )
+        if not self.shared.is_long(args, kwargs):
+            return self.original(*args, **kwargs)
+        program, flat = self.shared.program(block, self, args, kwargs)
+        return program.run_flat(block, flat)
+
+
+def _changed(block: str) -> str:
+    return (
+        f"this {block} has changed since it was planned (a setting, a mode, a hook or a layer "
+        "inside it), and its loops compute what it was; hp.detach the model and plan again"
+    )
+
+
+def _wants_gradients(block: nn.Module, args: Any, kwargs: Any) -> bool:
+    tensors = (*block.parameters(), *tree_leaves((args, kwargs)))
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+class Shared:
+    """The programs of all blocks of one kind: one for each way in which they are called."""
+
+    def __init__(self, loops: BlockLoops, first: Program | None) -> None:
+        self.loops = loops
+        self.programs = [] if first is None else [first]
+
+    def __deepcopy__(self, memo: Any) -> "Shared":
+        """A copy of a model shares the programs: they hold no weights."""
+        return self
+
+    def is_long(self, args: Any, kwargs: Any) -> bool:
+        """Whether the lengths that the graph leaves open are 2 or more; others need no loop."""
+        leaves = tree_leaves((args, kwargs))
+        return all(program.traced.is_long(leaves) for program in self.programs[:1])
+
+    def program(
+        self, block: nn.Module, looped: LoopedForward, args: Any, kwargs: Any
+    ) -> tuple[Program, list[Any]]:
+        """The program for a call like this, and the inputs of its graph.
+
+        A call that no graph holds for (other flags, a missing mask, another batch of 1) is traced
+        and planned then, for the same budget.
+        """
+        inspect.signature(looped.original).bind(*args, **kwargs)  # a TypeError as without loops
+        reason = ""
+        for program in self.programs:
+            try:
+                return program, program.traced.flat_inputs(block, looped.original, args, kwargs)
+            except TraceError as error:
+                reason = str(error)
+        with _disable_current_modes():  # we may be on fake tensors, and counted, ourselves
+            return self._traced(block, looped, (args, kwargs), reason)
+
+    def _traced(
+        self, block: nn.Module, looped: LoopedForward, call: Any, reason: str
+    ) -> tuple[Program, list[Any]]:
+        args, kwargs = call
+        block.__dict__.pop("forward")
+        try:
+            traced = trace(block, *tree_map_only(FakeTensor, filled, (args, kwargs)))
+        finally:
+            block.__dict__["forward"] = looped
+        flat = traced.flat_inputs(block, looped.original, args, kwargs)
+        if not self.programs:
+            made = program_of(traced, self.loops)
+        else:
+            first = self.programs[0]
+            _log.info("planning the loops of %s again: %s", traced.name, reason)
+            room = first.budget_bytes
+            made = make_program(Search.of(traced), room, flat, Speeds())
+            made.entry_bytes = first.entry_bytes
+        self.programs.append(made)
+        return made, flat
+
+
+def program_of(traced: Traced, loops: BlockLoops) -> Program:
+    """A program from its description.
+
+    Raises:
+        PlanError: the graph is not the one that was planned for.
+    """
+    if traced.digest != loops.graph:
+        raise PlanError(
+            f"this plan's loops are for another {loops.block} than this one: its operations are "
+            "others (another version of the model's code, of torch, or other settings); plan again"
+        )
+    return restored(traced, loops)
+
+
+def attach_loops(
+    model: nn.Module, blocks: Sequence[BlockLoops], programs: Mapping[str, Program]
+) -> None:
+    """Give every planned block its loops.
+
+    Raises:
+        PlanError: the model lacks a block, or its forward is replaced already.
+    """
+    modules = dict(model.named_modules())
+    for loops in blocks:
+        for path in loops.modules:
+            if path not in modules:
+                raise PlanError(
+                    f"this plan gives loops to module '{path}', which {type(model).__name__} does "
+                    "not have; make a plan for this model"
+                )
+            if "forward" in vars(modules[path]):
+                raise PlanError(
+                    f"the forward of module '{path}' is replaced already (by another library?); "
+                    "take that off first"
+                )
+    for loops in blocks:
+        program = programs.get(loops.modules[0])
+        for path, known in (program.stamps if program is not None else {}).items():
+            if stamp(modules[path]) != known:
+                raise PlanError(_changed(loops.block))
+        shared = Shared(loops, program)
+        for path in loops.modules:
+            block = modules[path]
+            block.__dict__["forward"] = LoopedForward(block, loops, shared)
+
+
+def detach_loops(model: nn.Module) -> None:
+    """Give every block its own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), LoopedForward):
+            del module.__dict__["forward"]

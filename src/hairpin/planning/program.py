@@ -1,0 +1,412 @@
+"""One block's graph with loops, and the chunk sizes that keep it under a budget at any lengths."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from hairpin.errors import MemoryBudgetError
+from hairpin.graph.export import Port, Traced, packed_outputs
+from hairpin.graph.leaf import BlockCall, state
+from hairpin.graph.lengths import compiled, hint
+from hairpin.graph.memory import Flow, flow_of
+from hairpin.graph.meter import Meter, Timeline, measure
+from hairpin.planning.choose import Choice, Speeds, cheapest, largest_chunk, least_budget
+from hairpin.planning.emit import EmissionError, Emitted, Region, emit
+from hairpin.planning.regions import (
+    Candidate,
+    Seed,
+    boundaries,
+    candidates,
+    seed_length,
+    sized,
+    walk,
+)
+from hairpin.units import format_bytes
+
+_TRIES = 8  # certificates asked for before a budget counts as out of reach
+_CORRECTIONS = 3  # certificates that may correct the chunk sizes at new lengths
+_MOST_BANNED = 100  # regions that turned out not to be writable as a loop
+
+
+@dataclass(eq=False)
+class Search:
+    """Everything about a graph that does not depend on the budget."""
+
+    traced: Traced
+    flow: Flow
+    marks: list[int]
+    found: list[Candidate]
+
+    @classmethod
+    def of(cls, traced: Traced, extra: Mapping[Any, int] | None = None) -> "Search":
+        """Follow the graph and list its regions.
+
+        Args:
+            extra: node of the graph -> bytes that a block inside it holds while it runs.
+        """
+        return cls.at(traced, flow_of(traced.graph).with_extra(extra or {}))
+
+    @classmethod
+    def at(cls, traced: Traced, flow: Flow) -> "Search":
+        """List the regions of a graph at the lengths that its flow has."""
+        marks = boundaries(flow)
+        return cls(traced, flow, marks, list(candidates(flow, marks)))
+
+    @cached_property
+    def floor_bytes(self) -> int:
+        """The least budget that the search can meet, as it estimates it."""
+        return least_budget(self.flow, self.marks, self.found)
+
+
+@dataclass(eq=False)
+class Program:
+    """A graph with loops for one budget.
+
+    Attributes:
+        chunks: of each loop, at the example's lengths.
+        margin_bytes: how much more than the search's estimate the certificate found.
+        peak_bytes: of one run at the example's lengths, certified.
+        certificate: bytes along that run, counted on fake tensors; None for a plan from a file.
+        backward: whether the budget covers a backward too.
+        entry_bytes: of the model's budget, already alive when the block begins; with other lengths
+            taken to grow as the block's inputs do.
+        stamps: path of each block of this kind -> its settings when it was planned.
+    """
+
+    search: Search
+    choices: tuple[Choice, ...]
+    emitted: Emitted
+    budget_bytes: int
+    chunks: tuple[int, ...]
+    margin_bytes: int
+    peak_bytes: int
+    certificate: Timeline | None = None
+    backward: bool = False
+    entry_bytes: int = 0
+    stamps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    _others: dict[tuple[int, ...], "Program"] = field(default_factory=dict)
+
+    @property
+    def traced(self) -> Traced:
+        """The graph."""
+        return self.search.traced
+
+    def run(self, block: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The block's own result, computed in parts."""
+        flat = self.traced.flat_inputs(block, forward, args, kwargs)
+        return self.run_flat(block, flat)
+
+    def run_flat(self, block: nn.Module, flat: Sequence[Any]) -> Any:
+        """The same from the graph's own inputs."""
+        program = self.at(flat)
+        values = program.emitted.module(*flat, *program.chunks)
+        return packed_outputs(self.traced, self._written(block, flat, values))
+
+    def _written(self, block: nn.Module, flat: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        """Write new values of arguments and buffers into them; the outputs, which may be those."""
+        nodes: list[Any] = list(self.traced.output.args[0])  # type: ignore[arg-type]
+        kept = list(values)
+        for port, node, value in zip(self.traced.outputs, nodes, values, strict=True):
+            if port.kind == "returned":
+                continue
+            target = self._target(block, flat, port)
+            target.copy_(value)
+            kept = [
+                target if other is node else now for other, now in zip(nodes, kept, strict=True)
+            ]
+        return kept
+
+    def _target(self, block: nn.Module, flat: Sequence[Any], port: Port) -> Tensor:
+        if port.kind == "state":
+            return state(block, port.name)
+        place = next(
+            i
+            for i, given in enumerate(self.traced.inputs)
+            if given.kind == "given" and given.name == port.name
+        )
+        found: Tensor = flat[place]
+        return found
+
+    def at(self, flat: Sequence[Any]) -> "Program":
+        """This program with the chunk sizes for the lengths of these inputs, certified for them.
+
+        The first call at new lengths costs a run on fake tensors; later ones cost nothing.
+
+        Raises:
+            MemoryBudgetError: no loops keep to the budget at these lengths.
+        """
+        lengths = self.traced.lengths(flat)
+        if self._is_example(lengths):
+            return self
+        key = tuple(lengths.values())
+        if key not in self._others:
+            with _disable_current_modes():  # we may be on fake tensors, and counted, ourselves
+                self._others[key] = self._for(flat, lengths)
+        return self._others[key]
+
+    def _for(self, flat: Sequence[Any], lengths: Mapping[Any, int]) -> "Program":
+        room = self.room(lengths)
+        if not self.emitted.bound:
+            margin = self.margin_bytes
+            for _ in range(_CORRECTIONS):
+                chunks = self.fit(lengths, margin)
+                if chunks is None:
+                    break
+                peak = certify(self.emitted, flat, chunks, {}).peak_bytes
+                if peak <= room:
+                    return replace(self, chunks=chunks, peak_bytes=peak)
+                margin += peak - room
+        flow = flow_of(concrete(self.traced.graph, flat))
+        made = make_program(Search.at(self.traced, flow), room, flat, Speeds())
+        return replace(made, backward=self.backward, entry_bytes=self.entry_bytes)
+
+    def _is_example(self, lengths: Mapping[Any, int]) -> bool:
+        return all(size == lengths[symbol] for symbol, size in self.traced.example.items())
+
+    def room(self, lengths: Mapping[Any, int]) -> int:
+        """Bytes that a call may hold at these lengths."""
+        if not self.entry_bytes:
+            return self.budget_bytes
+        here, then = (sum(self._input_bytes(n)) for n in (lengths, self.traced.example))
+        memory = self.budget_bytes + self.entry_bytes
+        return memory - -(-self.entry_bytes * here // max(then, 1))
+
+    def fit(self, lengths: Mapping[Any, int], margin_bytes: int = 0) -> tuple[int, ...] | None:
+        """Largest chunk sizes that fit at these lengths: no search, no new trace.
+
+        None where these loops do not fit, so that other ones are needed.
+        """
+        room = self.room(lengths) - margin_bytes
+        flow = self.search.flow.at(lengths)
+        inside: set[int] = set()
+        found = []
+        for choice, length in zip(self.choices, self._units(lengths), strict=True):
+            chunk = largest_chunk(sized_at(flow, choice.candidate, length), room)
+            if not chunk:
+                return None
+            found.append(chunk)
+            inside.update(range(choice.candidate.start, choice.candidate.end))
+        if any(flow.during(step) > room for step in flow.steps if step.index not in inside):
+            return None
+        return tuple(found)
+
+    @cached_property
+    def _input_bytes(self) -> Callable[[Mapping[Any, int]], list[int]]:
+        nodes = self.traced.placeholders
+        ports = zip(nodes, self.traced.inputs, strict=True)
+        values = [node.meta["val"] for node, port in ports if port.kind == "given"]
+        return compiled([v.numel() * v.element_size() for v in values])
+
+    @cached_property
+    def _units(self) -> Callable[[Mapping[Any, int]], list[int]]:
+        flow = self.search.flow
+        return compiled([seed_length(flow, c.candidate.seed) for c in self.choices])
+
+
+def make_program(
+    search: Search,
+    budget_bytes: int,
+    flat: Sequence[Any],
+    speeds: Speeds,
+    inner: Mapping[str, int] | None = None,
+) -> Program:
+    """The cheapest loops under a budget, their peak certified on fake tensors.
+
+    Args:
+        flat: the graph's inputs; fake ones will do.
+        inner: path of a block inside the graph -> bytes that it holds while it runs.
+
+    Raises:
+        MemoryBudgetError: there is no way; the floor is in the message and in ``floor_bytes``.
+    """
+    margin, corrections, banned = 0, Counter[Any](), set[Any]()
+    tries = 0
+    while tries < _TRIES and len(banned) < _MOST_BANNED:
+        found = [
+            replace(c, fixed_bytes=c.fixed_bytes + corrections[c.key]) if corrections[c.key] else c
+            for c in search.found
+            if c.key not in banned
+        ]
+        choices = cheapest(search.flow, search.marks, found, budget_bytes - margin, speeds)
+        if choices is None:
+            break
+        try:
+            emitted = emit(search.flow, [region_of(choice.candidate) for choice in choices])
+        except EmissionError as error:
+            banned.add(choices[error.place].candidate.key)
+            continue
+        tries += 1
+        chunks = tuple(choice.chunk for choice in choices)
+        certificate = certify(emitted, flat, chunks, inner or {})
+        if certificate.peak_bytes <= budget_bytes:
+            return Program(
+                search,
+                tuple(choices),
+                emitted,
+                budget_bytes,
+                chunks,
+                margin,
+                certificate.peak_bytes,
+                certificate,
+            )
+        for label, over in _over(certificate, budget_bytes).items():
+            place = list(emitted.loops).index(label) if label in emitted.loops else None
+            if place is None:
+                margin += over
+            else:
+                corrections[choices[place].candidate.key] += over
+    raise _out_of_reach(search, budget_bytes)
+
+
+def _over(certificate: Timeline, budget_bytes: int) -> dict[str, int]:
+    """By how much each loop, and what is outside them (``""``), went over the budget."""
+    found: dict[str, int] = {}
+    for moment in certificate.moments:
+        over = moment.live_bytes - budget_bytes
+        if over > 0:
+            found[moment.label] = max(found.get(moment.label, 0), over)
+    return found
+
+
+def sized_at(flow: Flow, candidate: Candidate, length: int | None) -> Candidate:
+    """A region with what it holds at other lengths.
+
+    Args:
+        length: of the dim that it cuts; None where the flow knows.
+    """
+    state_ = walk(flow, candidate.end, candidate.seed)
+    state_.length = length
+    (found,) = sized(state_, [candidate.start])
+    return found
+
+
+def concrete(graph: fx.Graph, flat: Sequence[Any]) -> fx.Graph:
+    """A copy of a graph whose values have the lengths of these inputs."""
+    copied = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        nodes[node] = copied.node_copy(node, nodes.__getitem__)
+    given = iter(flat)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), mode:
+        for node in copied.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = _fake(next(given))
+            elif node.op != "output":
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
+                node.meta["val"] = node.target(*args, **kwargs)
+    return copied
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _fake(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def restored(traced: Traced, loops: Any) -> Program:
+    """The program that a plan's description of loops stands for: no search, no certificate.
+
+    Args:
+        loops: a :class:`~hairpin.planning.loops.BlockLoops` for exactly this graph.
+    """
+    flow = flow_of(traced.graph)
+    choices = []
+    for loop in loops.loops:
+        seed = Seed(loop.seed, loop.axis, loop.scale)
+        (candidate,) = sized(walk(flow, loop.end, seed), [loop.start])
+        choices.append(Choice(candidate, loop.chunk, loop.cost_s))
+    emitted = emit(
+        flow, [region_of(choice.candidate) for choice in choices], reuse=not loops.backward
+    )
+    return Program(
+        Search(traced, flow, [], []),
+        tuple(choices),
+        emitted,
+        loops.budget_bytes,
+        tuple(loop.chunk for loop in loops.loops),
+        loops.margin_bytes,
+        loops.peak_bytes,
+        backward=loops.backward,
+        entry_bytes=loops.entry_bytes,
+    )
+
+
+def region_of(candidate: Candidate) -> Region:
+    """What is to be emitted for a candidate."""
+    return Region(candidate.start, candidate.end, candidate.seed)
+
+
+def certify(
+    emitted: Emitted, flat: Sequence[Any], chunks: Sequence[int], inner: Mapping[str, int]
+) -> Timeline:
+    """Bytes along one run of a graph with loops, exact, without running it.
+
+    Args:
+        inner: path of a block inside the graph -> bytes that it holds, instead of running it.
+    """
+    meter = Meter()
+    values = [_Counted(x, meter, inner) if isinstance(x, BlockCall) else x for x in flat]
+    handles = []
+    for name in emitted.loops:
+        loop = emitted.module.get_submodule(name)
+        handles.append(loop.register_forward_pre_hook(_Labels(meter, name)))
+        handles.append(loop.register_forward_hook(_Labels(meter, "")))
+    try:
+        return measure(lambda *given: emitted.module(*given, *chunks), values, meter=meter)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(eq=False)
+class _Labels:
+    """A hook that tells the meter which loop runs."""
+
+    meter: Meter
+    name: str
+
+    def __call__(self, *_: Any) -> None:
+        self.meter.label = self.name
+
+
+class _Counted:
+    """Stands in for a block that was certified on its own."""
+
+    def __init__(self, call: BlockCall, meter: Meter, inner: Mapping[str, int]) -> None:
+        self.call, self.meter, self.inner = call, meter, inner
+
+    def __call__(self, *tensors: Tensor) -> list[Any]:
+        known = self.inner.get(self.call.path)
+        if known is None:
+            return self.call(*tensors)
+        self.meter.bump(known)
+        return [_like(out) for out in self.call.call.outputs]
+
+
+def _like(traced: Any) -> Any:
+    """An empty tensor as a traced value was in the example."""
+    if not isinstance(traced, Tensor):
+        return traced
+    shape, strides = ([hint(size) for size in sizes] for sizes in (traced.shape, traced.stride()))
+    return torch.empty_strided(shape, strides, dtype=traced.dtype, device=traced.device)
+
+
+def _out_of_reach(search: Search, budget_bytes: int) -> MemoryBudgetError:
+    error = MemoryBudgetError(
+        f"{search.traced.name} cannot run in {format_bytes(budget_bytes)}: the least that loops "
+        f"can bring it to is about {format_bytes(search.floor_bytes)}"
+    )
+    error.floor_bytes = search.floor_bytes
+    return error
