@@ -92,7 +92,6 @@ def test_an_input_that_is_changed_and_returned_is_the_same_tensor(x):
     assert looped(model, plan, given)[0].data_ptr() == given.data_ptr()
 
 
-@pytest.mark.xfail(strict=True, reason="planning counts batches itself (B19)")
 def test_batch_norm_in_training_updates_its_statistics_as_eager_does(x):
     def function(self, x):
         return pairs(self.norm(x.transpose(1, 2)).transpose(1, 2))

@@ -103,7 +103,6 @@ print(float((got - wanted).abs().max()))
 """
 
 
-@pytest.mark.xfail(strict=True, reason="digests hold an address (B22)")
 def test_a_plan_works_in_another_process(plan, tmp_path):
     path = tmp_path / "plan.toml"
     plan.save(path)

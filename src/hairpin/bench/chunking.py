@@ -338,7 +338,7 @@ def estimates(
 ) -> list[Estimate]:
     """Foretell each case at ``other_length`` and run it there, eager and under a plan.
 
-    The plan is made at ``length``, for a budget at ``ratio``; ``plan.estimate(inputs)`` foretells.
+    The plan is made at ``length``, for a budget at ``ratio``; ``hp.estimate`` foretells.
     """
     rows: list[Estimate] = []
     for case in chosen:
@@ -364,7 +364,7 @@ def _estimate(case: Case, subject: str, ratio: float) -> Estimate:
         else:
             eager = Eager.of(case)
             ours = budgeted(case, eager.inputs, eager.budget_bytes(ratio))
-            model, foretold = ours.model, int(ours.plan.estimate(other))
+            model, foretold = ours.model, hp.estimate(ours.model, other)
     except (HairpinError, RuntimeError, NotImplementedError) as error:
         return replace(blank, note=f"{type(error).__name__}: {str(error).splitlines()[0]}")
     peak = peak_bytes(partial(run, model, other))

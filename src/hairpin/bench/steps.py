@@ -145,6 +145,9 @@ class Budgeted:
     search_s: float
 
 
+_MOST_RAISES = 20  # of the budget, by 2 % each, before a floor counts as not found
+
+
 def budgeted(case: Case, inputs: Inputs, budget: int, *, grad: bool = False) -> Budgeted:
     """A new model of the case with a plan within ``budget`` bytes attached.
 
@@ -156,18 +159,20 @@ def budgeted(case: Case, inputs: Inputs, budget: int, *, grad: bool = False) -> 
         model.requires_grad_(False)
     start_s = time.perf_counter()
     with torch.set_grad_enabled(grad):
-        plan = hp.plan(model, inputs, memory=budget)
+        plan = hp.plan(model, inputs, memory=budget, backward=grad)
     search_s = time.perf_counter() - start_s
     return Budgeted(hp.parallelize(model, plan), plan, search_s)
 
 
 def floor_bytes(case: Case, inputs: Inputs) -> int:
-    """Least budget that the planner knows how to honour, which its refusal of 1 byte says."""
-    try:
-        ours = budgeted(case, inputs, 1)
-    except MemoryBudgetError as error:
-        return int(getattr(error, "floor_bytes", 0) or 0)
-    return int(ours.plan.peak_bytes)
+    """Least budget that the planner honours: its own estimate of it, raised until a plan is made."""
+    budget = 1
+    for _ in range(_MOST_RAISES):
+        try:
+            return int(budgeted(case, inputs, budget).plan.peak_bytes)
+        except MemoryBudgetError as error:
+            budget = max(error.floor_bytes, budget + budget // 50)
+    raise MemoryBudgetError(f"no plan for {case.name} was found up to {budget} bytes")
 
 
 # ------------------------------------------------------------------------------- without memory
