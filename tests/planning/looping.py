@@ -82,6 +82,8 @@ def _faults(
     except EmissionError:
         return  # refused, not wrong
     for number, (given, wanted) in enumerate(zip(calls, expected, strict=True)):
+        if number and emitted.bound:
+            return  # a program writes such a region again for other lengths
         for chunk in (2, 3) if number else chunk_sizes(candidate.units):
             try:
                 before = traced.flat_inputs(model, model.forward, given, {})

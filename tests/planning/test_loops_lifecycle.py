@@ -126,7 +126,6 @@ def test_a_plan_for_another_graph_of_the_same_structure_is_refused(plan, tmp_pat
         looped(model, loaded, X)
 
 
-@pytest.mark.xfail(strict=True, reason="a copy takes all graphs with it (B21)")
 def test_a_copy_of_a_model_with_loops_runs_on_its_own_weights(plan):
     model = stack()
     hp.parallelize(model, plan)

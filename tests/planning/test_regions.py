@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from hairpin.errors import MemoryBudgetError
 from hairpin.graph.export import trace
 from hairpin.graph.memory import flow_of
+from hairpin.planning.choose import Speeds
+from hairpin.planning.program import Search, make_program
 from hairpin.planning.regions import Seed, axis_length, candidates, seeds, walk
 from planning.looping import LAYERS, WIDE, Calls, mixed, try_regions
 
@@ -75,41 +78,67 @@ def doubled(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t * 2, value)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
+        for number, name in enumerate(OPERATIONS)
+    ],
+)
 def test_every_region_around_one_operation_computes_the_same(name):
     torch.manual_seed(0)
     model = Calls(lambda _, x: doubled(OPERATIONS[name](torch.tanh(x) * 1.5)))
     args = (torch.randn(2, 7, 12, dtype=WIDE),)
     others = [(torch.randn(5, 13, 12, dtype=WIDE),)] if name in OTHERS else []
-    tried = try_regions(model, args, others=others, most=40)
+    tried = try_regions(model, args, others=others, most=15)
     assert tried.faults == []
-    assert tried.runs > 50
+    assert tried.runs > 20
 
 
-@pytest.mark.xfail(strict=True, reason="dims equally long by chance are looped together (B13)")
-def test_dims_that_are_equally_long_by_chance_are_told_apart_at_other_lengths():
-    model = Calls(lambda _, x: doubled([x.tanh()[:, 1:5] * 3, x.tanh()[:, ::2] * 2]))
-    args, other = (torch.randn(2, 7, 12, dtype=WIDE),), (torch.randn(2, 13, 12, dtype=WIDE),)
-    assert try_regions(model, args, others=[other]).faults == []
+class Merged(nn.Module):
+    """Views that merge and part dims, and parts that are equally long in the example alone."""
+
+    def forward(self, x):
+        b, n, c = x.shape
+        y = x.permute(2, 0, 1).reshape(c, b * n).exp().view(c, b, n).mul(2.0)
+        z = x.tanh()
+        return y, z[:, 1:5] * 3, z[:, ::2] * 2
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shape", [(2, 7, 12), (3, 13, 12), (5, 29, 12), (2, 64, 12)])
+def test_a_program_is_right_at_other_lengths_where_dims_merge_or_are_equal_by_chance(shape):
+    model, example = Merged(), torch.randn(2, 7, 12, dtype=WIDE)
+    search = Search.of(trace(model, (example,), {}))
+    least = search.floor_bytes
+    for budget in (least * 1.05, least * 1.3, least * 2):
+        flat = search.traced.flat_inputs(model, model.forward, (example,), {})
+        try:
+            program = make_program(search, int(budget), flat, Speeds())
+        except MemoryBudgetError:
+            continue
+        x = torch.randn(shape, dtype=WIDE)
+        program.budget_bytes = 10**9  # what fits is not asked here, only what comes out
+        for got, wanted in zip(program.run(model, model.forward, (x,), {}), model(x), strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_every_region_of_a_random_model_computes_the_same(seed):
     model, args, _ = mixed(seed)
-    tried = try_regions(model, args, most=15)
+    tried = try_regions(model, args, most=8)
     assert tried.faults == [], model.plan
-    assert tried.runs > 50
+    assert tried.runs > 20
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(8, 150))
+@pytest.mark.parametrize("seed", range(150))
 def test_every_region_of_many_random_models_computes_the_same(seed):
     model, args, _ = mixed(seed)
     assert try_regions(model, args, most=60).faults == [], model.plan
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_loop_runs_at_lengths_that_were_not_traced(seed):
     """At other lengths a graph computes what eager does, or says that it cannot."""
     model, args, other = mixed(seed)

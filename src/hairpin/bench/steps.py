@@ -165,7 +165,7 @@ def budgeted(case: Case, inputs: Inputs, budget: int, *, grad: bool = False) -> 
 
 
 def floor_bytes(case: Case, inputs: Inputs) -> int:
-    """Least budget that the planner honours: its own estimate of it, raised until a plan is made."""
+    """Least budget that the planner honours: its own estimate, raised until a plan is made."""
     budget = 1
     for _ in range(_MOST_RAISES):
         try:

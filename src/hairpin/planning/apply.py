@@ -202,8 +202,11 @@ def parallelize(
     mesh: Mesh | DeviceMesh | None = None,
     *,
     other_lengths: bool = False,
+    compile_bodies: bool = False,
 ) -> nn.Module:
-    """Split ``model`` over the mesh as ``plan`` says, by hooks. Returns the same model.
+    """Split ``model`` over the mesh as ``plan`` says, and give blocks their loops.
+
+    Returns the same model.
 
     The model's inputs and outputs stay whole and its ``state_dict`` is unchanged. Attach before
     wrapping in DDP, FSDP2 or ``torch.compile``. ``detach`` undoes it.
@@ -213,6 +216,8 @@ def parallelize(
         mesh: a live mesh; may be left out for a plan over one rank.
         other_lengths: allow lengths of the split dims that were not rehearsed. Only for a model
             whose code does not branch on them.
+        compile_bodies: hand the body of each loop to ``torch.compile`` (once, for any chunk size);
+            what it then holds is no longer certified to the byte.
 
     Raises:
         PlanError: the plan is for another model or another number of ranks, or the model already
@@ -228,7 +233,7 @@ def parallelize(
             f"{mesh.size(plan.axis)} there; plan again for this mesh"
         )
     mesh.group(plan.axis)
-    attach_loops(model, plan.loops, plan.programs)
+    attach_loops(model, plan.loops, plan.programs, compile_bodies=compile_bodies)
     attachment = Attachment(plan, LiveMover(mesh, plan.axis), other_lengths)
     if plan.stages:
         attach(model, attachment)

@@ -73,6 +73,20 @@ class Loop(nn.Module):
         """One turn's results."""
         return body(count, start, *parts) if self.counts_from else body(count, *parts)
 
+    def words(self) -> list[str]:
+        """What is cut and what is put together, one line for each."""
+        names = [n.name for n in self.body.graph.nodes if n.op == "placeholder"][1:]
+        lines = [
+            f"{name} is cut along dim {cut.dim}" + (f" in units of {cut.unit}" * (cut.unit > 1))
+            for name, cut in zip(names, self.cuts, strict=False)
+            if cut is not None
+        ]
+        for place, out in enumerate(self.outs):
+            how = "added up" if out.span is None else f"put together along dim {out.span.dim}"
+            into = "" if out.into is None else f", in the storage of {names[out.into]}"
+            lines.append(f"result {place} is {how}{into}")
+        return lines
+
     def units(self, inputs: Sequence[Any]) -> int:
         """Turns at chunk size 1."""
         for cut, value in zip(self.cuts, inputs, strict=True):

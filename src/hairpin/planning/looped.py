@@ -75,9 +75,17 @@ def _wants_gradients(block: nn.Module, args: Any, kwargs: Any) -> bool:
 class Shared:
     """The programs of all blocks of one kind: one for each way in which they are called."""
 
-    def __init__(self, loops: BlockLoops, first: Program | None) -> None:
+    def __init__(self, loops: BlockLoops, first: Program | None, *, compile_bodies: bool) -> None:
         self.loops = loops
-        self.programs = [] if first is None else [first]
+        self.programs: list[Program] = []
+        self.compile_bodies = compile_bodies
+        if first is not None:
+            self._add(first)
+
+    def _add(self, program: Program) -> None:
+        if self.compile_bodies:
+            program.compile_bodies()
+        self.programs.append(program)
 
     def __deepcopy__(self, memo: Any) -> "Shared":
         """A copy of a model shares the programs: they hold no weights."""
@@ -124,7 +132,7 @@ class Shared:
             room = first.budget_bytes
             made = make_program(Search.of(traced), room, flat, Speeds())
             made.entry_bytes = first.entry_bytes
-        self.programs.append(made)
+        self._add(made)
         return made, flat
 
 
@@ -143,7 +151,11 @@ def program_of(traced: Traced, loops: BlockLoops) -> Program:
 
 
 def attach_loops(
-    model: nn.Module, blocks: Sequence[BlockLoops], programs: Mapping[str, Program]
+    model: nn.Module,
+    blocks: Sequence[BlockLoops],
+    programs: Mapping[str, Program],
+    *,
+    compile_bodies: bool = False,
 ) -> None:
     """Give every planned block its loops.
 
@@ -168,7 +180,7 @@ def attach_loops(
         for path, known in (program.stamps if program is not None else {}).items():
             if stamp(modules[path]) != known:
                 raise PlanError(_changed(loops.block))
-        shared = Shared(loops, program)
+        shared = Shared(loops, program, compile_bodies=compile_bodies)
         for path in loops.modules:
             block = modules[path]
             block.__dict__["forward"] = LoopedForward(block, loops, shared)

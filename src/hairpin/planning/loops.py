@@ -128,7 +128,7 @@ def explain_loops(blocks: Sequence[BlockLoops]) -> list[tuple[str, ...]]:
         ("module", "loop over", "of", "chunk", "turns", "steps", "holds", "costs")
     ]
     for block in blocks:
-        name = _names(block)
+        name = names_of(block)
         for number, loop in enumerate(block.loops):
             over = "sum" if loop.dim is None else f"dim {loop.dim}"
             holds = loop.fixed_bytes + loop.unit_bytes * loop.chunk
@@ -147,7 +147,8 @@ def explain_loops(blocks: Sequence[BlockLoops]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _names(block: BlockLoops) -> str:
+def names_of(block: BlockLoops) -> str:
+    """The modules of a block, in few words."""
     first = block.modules[0] or block.block
     more = len(block.modules) - 1
     return f"{first} and {more} more" if more else first

@@ -16,7 +16,7 @@ from torch import nn
 
 from hairpin.errors import LayoutError, OutputError, PlanError
 from hairpin.layout import Pattern
-from hairpin.planning.loops import BlockLoops, explain_loops, loops_from
+from hairpin.planning.loops import BlockLoops, explain_loops, loops_from, names_of
 from hairpin.planning.seam import Seam
 from hairpin.units import format_bytes, format_time
 
@@ -227,6 +227,20 @@ class Plan:
     def explain(self) -> str:
         """The plan for people: every move with layouts, bytes per rank and predicted time."""
         return _explain(self)
+
+    def code(self) -> str:
+        """The graphs with their loops as Python, for people to read.
+
+        Raises:
+            PlanError: there are no loops, or the plan comes from a file, which holds no graphs.
+        """
+        if not self.programs:
+            raise PlanError(
+                "this plan has no graphs to show: it has no loops, or it was read from a file; "
+                "make it again with hp.plan"
+            )
+        parts = [f"# {names_of(b)}\n{self.programs[b.modules[0]].code()}" for b in self.loops]
+        return "\n".join(parts)
 
     def to_toml(self) -> str:
         """The plan as TOML text."""

@@ -19,6 +19,7 @@ from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
 from hairpin.planning.choose import Choice, Speeds, cheapest, largest_chunk, least_budget
 from hairpin.planning.emit import EmissionError, Emitted, Region, emit
+from hairpin.planning.loop import Loop
 from hairpin.planning.regions import (
     Candidate,
     Seed,
@@ -93,6 +94,10 @@ class Program:
     stamps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     _others: dict[tuple[int, ...], "Program"] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: Any) -> "Program":
+        """A copy of a model shares its programs: they hold no weights."""
+        return self
+
     @property
     def traced(self) -> Traced:
         """The graph."""
@@ -133,6 +138,27 @@ class Program:
         )
         found: Tensor = flat[place]
         return found
+
+    def code(self) -> str:
+        """The graph as Python, and the body of each loop, for people to read."""
+        parts = [_readable(self.emitted.module)]
+        for (name, _), choice in zip(self.emitted.loops.items(), self.choices, strict=True):
+            loop = self.emitted.module.get_submodule(name)
+            assert isinstance(loop, Loop)
+            units = choice.candidate.units
+            parts += [
+                f"# {name}: {units} units, {choice.chunk} at a time",
+                *(f"#   {line}" for line in loop.words()),
+                _readable(loop.body),
+            ]
+        return "\n".join(parts)
+
+    def compile_bodies(self) -> None:
+        """Hand the body of each loop to ``torch.compile``; the loop itself stays Python."""
+        for name in self.emitted.loops:
+            loop = self.emitted.module.get_submodule(name)
+            assert isinstance(loop, Loop)
+            loop.body.compile(dynamic=True)
 
     def at(self, flat: Sequence[Any]) -> "Program":
         """This program with the chunk sizes for the lengths of these inputs, certified for them.
@@ -227,7 +253,7 @@ def make_program(
         MemoryBudgetError: there is no way; the floor is in the message and in ``floor_bytes``.
     """
     margin, corrections, banned = 0, Counter[Any](), set[Any]()
-    tries = 0
+    tries, least = 0, 0
     while tries < _TRIES and len(banned) < _MOST_BANNED:
         found = [
             replace(c, fixed_bytes=c.fixed_bytes + corrections[c.key]) if corrections[c.key] else c
@@ -256,13 +282,14 @@ def make_program(
                 certificate.peak_bytes,
                 certificate,
             )
+        least = min(least or certificate.peak_bytes, certificate.peak_bytes)
         for label, over in _over(certificate, budget_bytes).items():
             place = list(emitted.loops).index(label) if label in emitted.loops else None
             if place is None:
                 margin += over
             else:
                 corrections[choices[place].candidate.key] += over
-    raise _out_of_reach(search, budget_bytes)
+    raise _out_of_reach(search, budget_bytes, max(search.floor_bytes, least))
 
 
 def _over(certificate: Timeline, budget_bytes: int) -> dict[str, int]:
@@ -273,6 +300,12 @@ def _over(certificate: Timeline, budget_bytes: int) -> dict[str, int]:
         if over > 0:
             found[moment.label] = max(found.get(moment.label, 0), over)
     return found
+
+
+def _readable(module: fx.GraphModule) -> str:
+    """The code of a graph without the lines that only release values."""
+    lines = [line.partition(";  ")[0].rstrip() for line in module.code.splitlines()]
+    return "\n".join(line.replace("torch.ops.aten.", "aten.") for line in lines if line) + "\n"
 
 
 def sized_at(flow: Flow, candidate: Candidate, length: int | None) -> Candidate:
@@ -403,10 +436,10 @@ def _like(traced: Any) -> Any:
     return torch.empty_strided(shape, strides, dtype=traced.dtype, device=traced.device)
 
 
-def _out_of_reach(search: Search, budget_bytes: int) -> MemoryBudgetError:
+def _out_of_reach(search: Search, budget_bytes: int, floor_bytes: int) -> MemoryBudgetError:
     error = MemoryBudgetError(
         f"{search.traced.name} cannot run in {format_bytes(budget_bytes)}: the least that loops "
-        f"can bring it to is about {format_bytes(search.floor_bytes)}"
+        f"can bring it to is about {format_bytes(floor_bytes)}"
     )
-    error.floor_bytes = search.floor_bytes
+    error.floor_bytes = floor_bytes
     return error
