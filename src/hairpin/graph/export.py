@@ -371,7 +371,7 @@ def _distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     seen: set[int] = set()
     found = []
     for tensor in tensors:
-        found.append(tensor.clone() if id(tensor) in seen else tensor)
+        found.append(tensor.detach().clone() if id(tensor) in seen else tensor.detach())
         seen.add(id(tensor))
     return tuple(found)
 
