@@ -176,12 +176,15 @@ class Refusing:
     def __init__(self, peak: int) -> None:
         self.peak = peak
 
-    def plan(self, model, inputs, *, memory):
+    def plan(self, model, inputs, *, memory, backward=False):
         if memory < self.peak:
             error = MemoryBudgetError(f"{memory} bytes are below the floor")
             error.floor_bytes = self.peak
             raise error
-        return SimpleNamespace(peak_bytes=self.peak, estimate=lambda inputs: self.peak)
+        return SimpleNamespace(peak_bytes=self.peak)
+
+    def estimate(self, model, inputs):
+        return self.peak
 
     def parallelize(self, model, plan):
         return model

@@ -643,9 +643,10 @@ def _library(name: str, extra: str, *, package: str = "") -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        own = {"timm": "--no-deps timm", "x_transformers": "x-transformers"}  # in no extra
+        what = own.get(package or name, f"'hairpin[{extra}]'")
         raise MissingExtraError(
-            f"this case needs {package or name}, which is not installed: "
-            f"pip install 'hairpin[{extra}]'"
+            f"this case needs {package or name}, which is not installed: pip install {what}"
         ) from error
 
 
