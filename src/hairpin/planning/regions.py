@@ -542,14 +542,17 @@ def reusable(state: Walk, start: int) -> Iterator[Step]:
 
 
 def _read_in_parts_only(state: Walk, step: Step, start: int) -> bool:
-    """Whether the window reads a storage through one value, in one kind of part, never whole."""
+    """Whether the loop reads a storage through one value, in one kind of part, never whole.
+
+    What runs ahead of the loop may read it whole: it is done when the loop begins to write.
+    """
     flow = state.flow
     for other in flow.steps[: state.end]:
         if other.root is not step.node or other.node is step.node:
             continue
         if other.last_use >= start:
             return False  # another view of it is about
-    if step.node in state.whole_in_loop or step.node in state.whole_ahead:
+    if step.node in state.whole_in_loop:
         return False
     return len(state.spans.get(step.node, ())) == 1
 
