@@ -279,7 +279,7 @@ def _empty(tensor: Any) -> Any:
 def _run_on_shapes(parts: Parts) -> None:
     """Raise if the model looks at a value, which no model without memory has."""
     from hairpin.graph.meter import measure
-    from hairpin.planning.rehearse import as_example
+    from hairpin.planning.example import as_example
 
     measure(parts.model, *as_example(parts.example))
 

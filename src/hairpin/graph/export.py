@@ -82,6 +82,7 @@ class Traced:
         constants: tensors that the block made from nothing while it ran.
         guards: conditions on the lengths under which the graph is right, besides the shapes.
         training: whether the block was traced in ``train()``.
+        source: what this is another order of; None for the graph as it was traced.
     """
 
     name: str
@@ -94,11 +95,17 @@ class Traced:
     constants: Mapping[str, Tensor]
     guards: tuple[Any, ...]
     training: bool
+    source: "Traced | None" = None
     _checked: dict[tuple[Any, ...], None] = field(default_factory=dict, repr=False)
 
     @cached_property
     def digest(self) -> str:
-        """Names the graph: the same for two blocks that compute the same, whatever the weights."""
+        """Names the graph: the same for two blocks that compute the same, whatever the weights.
+
+        Another order of a graph has the name of the graph itself.
+        """
+        if self.source is not None:
+            return self.source.digest
         lines = [f"{self.name} {self.training} {self.call.spec} {self.call.plain} {self.out_spec}"]
         symbols: dict[str, str] = {}
         for node in self.graph.nodes:
@@ -128,6 +135,8 @@ class Traced:
             TraceError: the call is not like the one that was traced.
         """
         leaves, spec = tree_flatten(canonical(forward, args, kwargs))
+        if self.call.recipes:
+            raise TraceError(f"this {self.name} was traced with arguments that it makes itself")
         if spec != self.call.spec:
             raise TraceError(
                 f"this {self.name} was traced with arguments {_spec_text(self.call.spec)} and is "
@@ -202,6 +211,14 @@ class Traced:
         return {
             symbol: int(flat[place].shape[dim]) for symbol, (place, dim) in self._symbols.items()
         }
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the graph holds for arguments like these."""
+        try:
+            self.require(tensors)
+        except (TraceError, ValueError):  # ValueError: another number of them
+            return False
+        return True
 
     def require(self, tensors: Sequence[Tensor]) -> None:
         """Raise unless the graph holds for arguments like these.
@@ -287,7 +304,29 @@ def trace(
     args, kwargs = canonical(block.forward, args, kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     call = Call(spec, tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves))
-    tensors = _distinct([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+    paths = tuple("".join(map(str, path)) for path, _ in tree_flatten_with_path((args, kwargs))[0])
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return trace_call(block, call, tensors, paths, blocks=blocks)
+
+
+def trace_call(
+    block: nn.Module,
+    call: Call,
+    tensors: Sequence[Tensor],
+    paths: tuple[str, ...],
+    *,
+    blocks: Mapping[str, "Traced"] | None = None,
+) -> Traced:
+    """Export one block at a call of it, which may make some of its arguments itself.
+
+    Args:
+        paths: of the call's arguments, for messages.
+
+    Raises:
+        TraceError: the block cannot be exported, with the reason.
+        OtherCall: a block inside it is called in another way than its graph was traced.
+    """
+    tensors = _distinct(tensors)
     try:
         with (
             torch.no_grad(),
@@ -304,7 +343,6 @@ def trace(
         raise
     except Exception as error:
         raise TraceError(f"{type(block).__name__} cannot be exported: {_reason(error)}") from error
-    paths = tuple("".join(map(str, path)) for path, _ in tree_flatten_with_path((args, kwargs))[0])
     return _traced(block, exported, guards=guards, call=call, paths=paths, sites=sites)
 
 
@@ -418,7 +456,7 @@ def _traced(
     sites: Mapping[str, Any],
 ) -> Traced:
     signature = exported.graph_signature
-    given = iter(p for p, plain in zip(paths, call.plain, strict=True) if plain is TENSOR)
+    given = _given_paths(call, paths)
     inputs = []
     by_name = {}
     for spec in signature.input_specs:
@@ -458,6 +496,16 @@ def _traced(
         guards=guards,
         training=block.training,
     )
+
+
+def _given_paths(call: Call, paths: Sequence[str]) -> Iterator[str]:
+    """Names of the tensors that a call takes: its own arguments, then what others are made of."""
+    made = {recipe.place for recipe in call.recipes}
+    tensors = [path for path, plain in zip(paths, call.plain, strict=True) if plain is TENSOR]
+    yield from (path for place, path in enumerate(tensors) if place not in made)
+    number = 0
+    while True:
+        yield f"part {(number := number + 1)} of what the block makes"
 
 
 def _own(name: object) -> str:

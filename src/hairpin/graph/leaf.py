@@ -42,18 +42,44 @@ class Call:
 
     Attributes:
         outputs: traced values of what it returns.
+        recipes: tensors that are made inside the call, from those given.
     """
 
     spec: Any
     plain: tuple[Any, ...]
     outputs: tuple[Any, ...] = ()
+    recipes: tuple["Recipe", ...] = ()
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with these tensors in their places."""
+        """The arguments with these tensors in their places, and those that are made of them."""
         given = iter(tensors)
-        leaves = [next(given) if leaf is TENSOR else leaf for leaf in self.plain]
+        made = {recipe.place: recipe.made(tensors) for recipe in self.recipes}
+        wanted = range(self.plain.count(TENSOR))
+        found = iter([made[place] if place in made else next(given) for place in wanted])
+        leaves = [next(found) if leaf is TENSOR else leaf for leaf in self.plain]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How one tensor among a call's arguments is made, inside the call.
+
+    Attributes:
+        place: among the call's tensors, counting those that are made.
+        takes: places among the tensors that are given.
+        words: the same for two recipes that compute the same.
+    """
+
+    place: int
+    takes: tuple[int, ...]
+    graph: fx.GraphModule
+    words: str
+
+    def made(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor."""
+        found: Tensor = self.graph(*(tensors[place] for place in self.takes))
+        return found
 
 
 class _Tensor:
@@ -192,6 +218,9 @@ class BlockCall:
     call: Call
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
+        forward = vars(self.block).get("forward")
+        if self.call.recipes and hasattr(forward, "from_given"):
+            return list(tree_flatten(forward.from_given(self.call, tensors))[0])
         args, kwargs = self.call.arguments(tensors)
         return list(tree_flatten(self.block(*args, **kwargs))[0])
 

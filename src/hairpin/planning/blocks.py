@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hairpin.errors import HairpinError, PlanError
 from hairpin.graph.meter import Held, Meter
-from hairpin.planning.rehearse import Example, plainly
+from hairpin.planning.example import Example, plainly
 
 _SMALL = 64  # elements of a constant that are compared one by one
 _INDEX_NAMES = frozenset(

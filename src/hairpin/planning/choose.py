@@ -121,17 +121,33 @@ def _reach(
 
 def least_budget(flow: Flow, marks: Sequence[int], found: Iterable[Candidate]) -> int:
     """The least budget for which there is a way, at chunk size 1."""
-    least: dict[int, int] = {marks[0]: 0}
+    return bottleneck(flow, marks, found).nbytes
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The stretch between two marks that sets the least budget."""
+
+    nbytes: int
+    start: int
+    end: int
+
+
+def bottleneck(flow: Flow, marks: Sequence[int], found: Iterable[Candidate]) -> Bottleneck:
+    """What sets the least budget for which there is a way, at chunk size 1."""
+    least: dict[int, Bottleneck] = {marks[0]: Bottleneck(0, marks[0], marks[0])}
     by_start: dict[int, list[Candidate]] = {}
     for candidate in found:
         by_start.setdefault(candidate.start, []).append(candidate)
+
+    def reach(start: int, end: int, nbytes: int) -> None:
+        worst = max(least[start], Bottleneck(nbytes, start, end), key=lambda each: each.nbytes)
+        if end not in least or worst.nbytes < least[end].nbytes:
+            least[end] = worst
+
     for place, mark in enumerate(marks[:-1]):
-        if mark not in least:
-            continue
         after = marks[place + 1]
-        plain = max((flow.during(step) for step in flow.steps[mark:after]), default=0)
-        least[after] = min(least.get(after, 1 << 62), max(least[mark], plain))
+        reach(mark, after, max((flow.during(step) for step in flow.steps[mark:after]), default=0))
         for candidate in by_start.get(mark, ()):
-            bytes_needed = max(least[mark], floor_bytes(candidate))
-            least[candidate.end] = min(least.get(candidate.end, 1 << 62), bytes_needed)
+            reach(mark, candidate.end, floor_bytes(candidate))
     return least[marks[-1]]

@@ -26,8 +26,9 @@ from hairpin.graph.dims import first_fault
 from hairpin.graph.flow import Call, Flow, Group, Trace, recording
 from hairpin.graph.trace import fake_inputs
 from hairpin.layout import Pattern
+from hairpin.planning.example import Example, as_example, plainly
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
-from hairpin.planning.rehearse import Example, as_example, plainly, quiet_fakes, rehearse
+from hairpin.planning.rehearse import quiet_fakes, rehearse
 from hairpin.planning.seam import Attends, Seam, Table, bind, match_table
 
 Groups = tuple[Group, ...]

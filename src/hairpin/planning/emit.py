@@ -238,7 +238,9 @@ class _RegionWriter:
         for step in steps:
             status = state.status.get(step.index, "unused")
             if status in ("ahead", "both") or (status == "loop" and step.index not in self.inside):
-                self.writer.env[step.node] = self.writer._copy(step.node)
+                made = self.writer._copy(step.node)
+                made.meta["ahead_of"] = self.name
+                self.writer.env[step.node] = made
         self.count = self.body.placeholder("count")
         self.count.meta["val"] = 1
         self.begin: fx.Node | None = None

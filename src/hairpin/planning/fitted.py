@@ -19,9 +19,10 @@ from hairpin.planning.blocks import overview
 from hairpin.planning.budget import Fitted, Progress, fit
 from hairpin.planning.budget_training import fit_training
 from hairpin.planning.choose import Speeds
+from hairpin.planning.example import Example, as_example, plainly
 from hairpin.planning.loops import block_loops
 from hairpin.planning.plan import Plan, fingerprint
-from hairpin.planning.rehearse import Example, RehearsalMover, as_example, plainly
+from hairpin.planning.rehearse import RehearsalMover
 
 
 def plan_loops(

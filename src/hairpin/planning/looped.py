@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.errors import PlanError, TraceError
 from hairpin.graph.export import Traced, filled, trace
+from hairpin.graph.leaf import Call
+from hairpin.planning.budget import fit
 from hairpin.planning.choose import Speeds
+from hairpin.planning.example import Example
+from hairpin.planning.graphs import Graphs
 from hairpin.planning.loops import BlockLoops
 from hairpin.planning.program import Program, Search, make_program, restored
 from hairpin.planning.stamp import stamp
@@ -39,6 +44,26 @@ class LoopedForward:
         self.__signature__ = inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._require_unchanged(args, kwargs)
+        if not self.shared.is_long(args, kwargs):
+            return self.original(*args, **kwargs)
+        program, flat = self.shared.program(self.block, self, args, kwargs)
+        return program.run_flat(self.block, flat)
+
+    def from_given(self, call: Call, tensors: Sequence[Tensor]) -> Any:
+        """The block's result where it makes some of its arguments itself.
+
+        Args:
+            tensors: what it takes, in the order of the call that was traced.
+        """
+        self._require_unchanged(tensors, {})
+        for program in self.shared.programs:
+            if program.traced.call.recipes and program.traced.holds(tensors):
+                return program.run_flat(self.block, program.traced.filled(self.block, tensors))
+        args, kwargs = call.arguments(tensors)
+        return self(*args, **kwargs)
+
+    def _require_unchanged(self, args: Any, kwargs: Any) -> None:
         block, loops = self.block, self.loops
         if block.training != loops.training:
             now, then = ("train()", "eval()") if block.training else ("eval()", "train()")
@@ -54,10 +79,6 @@ class LoopedForward:
                 "keeps what a backward needs; run it under torch.no_grad(), or plan with "
                 "backward=True"
             )
-        if not self.shared.is_long(args, kwargs):
-            return self.original(*args, **kwargs)
-        program, flat = self.shared.program(block, self, args, kwargs)
-        return program.run_flat(block, flat)
 
 
 def _changed(block: str) -> str:
@@ -73,10 +94,15 @@ def _wants_gradients(block: nn.Module, args: Any, kwargs: Any) -> bool:
 
 
 class Shared:
-    """The programs of all blocks of one kind: one for each way in which they are called."""
+    """The programs of all blocks of one kind: one for each way in which they are called.
+
+    Attributes:
+        others: for what lies around blocks: theirs, by path; their graphs depend on each other.
+    """
 
     def __init__(self, loops: BlockLoops, first: Program | None, *, compile_bodies: bool) -> None:
         self.loops = loops
+        self.others: dict[str, Shared] = {}
         self.programs: list[Program] = []
         self.compile_bodies = compile_bodies
         if first is not None:
@@ -115,25 +141,68 @@ class Shared:
             return self._traced(block, looped, (args, kwargs), reason)
 
     def _traced(
-        self, block: nn.Module, looped: LoopedForward, call: Any, reason: str
+        self, block: nn.Module, looped: LoopedForward, call: Example, reason: str
     ) -> tuple[Program, list[Any]]:
-        args, kwargs = call
-        block.__dict__.pop("forward")
-        try:
-            traced = trace(block, *tree_map_only(FakeTensor, filled, (args, kwargs)))
-        finally:
-            block.__dict__["forward"] = looped
-        flat = traced.flat_inputs(block, looped.original, args, kwargs)
+        if self.others:
+            made = self._traced_whole(block, call, reason)
+        else:
+            made = self._traced_alone(block, call, reason)
+        return made, made.traced.flat_inputs(block, looped.original, *call)
+
+    def _traced_alone(self, block: nn.Module, call: Example, reason: str) -> Program:
+        """The program of a block as it is called now."""
+        with _bare(block):
+            traced = trace(block, *tree_map_only(FakeTensor, filled, call))
         if not self.programs:
             made = program_of(traced, self.loops)
         else:
             first = self.programs[0]
+            flat = traced.flat_inputs(block, type(block).forward.__get__(block), *call)
             _log.info("planning the loops of %s again: %s", traced.name, reason)
-            room = first.budget_bytes
-            made = make_program(Search.of(traced), room, flat, Speeds())
+            made = make_program(Search.of(traced), first.budget_bytes, flat, Speeds())
             made.entry_bytes = first.entry_bytes
         self._add(made)
-        return made, flat
+        return made
+
+    def _traced_whole(self, model: nn.Module, call: Example, reason: str) -> Program:
+        """The programs of a model and its blocks, as the model is called now."""
+        if self.programs:
+            _log.info("planning the loops of %s again: %s", type(model).__name__, reason)
+            with _bare(model):
+                fitted = fit(model, call, self.loops.budget_bytes)
+            programs = fitted.programs
+            if "" not in programs:
+                raise PlanError(f"this {type(model).__name__} is called otherwise: {reason}")
+        else:
+            with _bare(model):
+                graphs = Graphs(model, call, self.loops.budget_bytes)
+                graphs.look_inside()
+                graphs.look_around()
+            if graphs.around is None:
+                raise PlanError(f"{type(model).__name__} cannot be traced: {graphs.left['']}")
+            programs = {"": program_of(graphs.around, self.loops)}
+            for path, shared in self.others.items():
+                programs[path] = program_of(graphs.traced[path], shared.loops)
+        for path, shared in self.others.items():
+            if path in programs:
+                shared._add(programs[path])
+        self._add(programs[""])
+        return programs[""]
+
+
+@contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """The model without loops while the block lasts."""
+    looped = {
+        module: module.__dict__.pop("forward")
+        for module in model.modules()
+        if isinstance(module.__dict__.get("forward"), LoopedForward)
+    }
+    try:
+        yield
+    finally:
+        for module, forward in looped.items():
+            module.__dict__["forward"] = forward
 
 
 def program_of(traced: Traced, loops: BlockLoops) -> Program:
@@ -175,15 +244,19 @@ def attach_loops(
                     f"the forward of module '{path}' is replaced already (by another library?); "
                     "take that off first"
                 )
+    everything: dict[str, Shared] = {}
     for loops in blocks:
         program = programs.get(loops.modules[0])
         for path, known in (program.stamps if program is not None else {}).items():
             if stamp(modules[path]) != known:
                 raise PlanError(_changed(loops.block))
         shared = Shared(loops, program, compile_bodies=compile_bodies)
+        everything[loops.modules[0]] = shared
         for path in loops.modules:
             block = modules[path]
             block.__dict__["forward"] = LoopedForward(block, loops, shared)
+    if "" in everything:
+        everything[""].others = {path: each for path, each in everything.items() if path}
 
 
 def detach_loops(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from hairpin.graph.memory import Flow
 from hairpin.planning.choose import Choice
 from hairpin.planning.program import Program
 from hairpin.planning.regions import axis_span
+from hairpin.planning.rewrite import Reorder
 from hairpin.units import format_bytes, format_time
 
 
@@ -65,6 +66,7 @@ class BlockLoops:
         budget_bytes: what one call may hold; ``entry_bytes`` is alive when it begins.
         peak_bytes: what it holds, certified; ``whole_peak_bytes`` without loops.
         margin_bytes: how much the certificate found beyond the search's estimate.
+        rewrites: what brings the graph into the order that the loops are of.
     """
 
     modules: tuple[str, ...]
@@ -78,6 +80,7 @@ class BlockLoops:
     whole_peak_bytes: int
     margin_bytes: int
     loops: tuple[LoopRegion, ...]
+    rewrites: tuple[Reorder, ...] = ()
 
 
 def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int) -> BlockLoops:
@@ -94,6 +97,7 @@ def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int)
         whole_peak_bytes=whole_peak_bytes,
         margin_bytes=program.margin_bytes,
         loops=tuple(_loop(program.search.flow, choice) for choice in program.choices),
+        rewrites=program.search.rewrites,
     )
 
 
@@ -165,6 +169,7 @@ def loops_from(data: Sequence[Mapping[str, Any]]) -> tuple[BlockLoops, ...]:
                     LoopRegion(**{"dim": None, **loop, "shape": tuple(loop["shape"])})
                     for loop in block["loops"]
                 ),
+                "rewrites": tuple(Reorder(**each) for each in block.get("rewrites", ())),
             }
         )
         for block in data

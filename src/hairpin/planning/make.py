@@ -19,6 +19,7 @@ from hairpin.planning.apply import require_bare
 from hairpin.planning.budget import Progress
 from hairpin.planning.cost import Costs, sent_bytes, sent_bytes_by_rank, share
 from hairpin.planning.derive import derive_attends
+from hairpin.planning.example import Example, as_example
 from hairpin.planning.fitted import plan_loops, with_loops
 from hairpin.planning.plan import (
     CarriedTensor,
@@ -29,7 +30,7 @@ from hairpin.planning.plan import (
     Stage,
     fingerprint,
 )
-from hairpin.planning.rehearse import Example, Run, StageCall, as_example, rehearse
+from hairpin.planning.rehearse import Run, StageCall, rehearse
 from hairpin.planning.seam import Attends, Seam, Table, match_table
 from hairpin.planning.shard import Cost, cheapest_path
 from hairpin.units import parse_bytes

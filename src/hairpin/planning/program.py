@@ -17,7 +17,14 @@ from hairpin.graph.leaf import BlockCall, state
 from hairpin.graph.lengths import compiled, hint
 from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
-from hairpin.planning.choose import Choice, Speeds, cheapest, largest_chunk, least_budget
+from hairpin.planning.choose import (
+    Bottleneck,
+    Choice,
+    Speeds,
+    bottleneck,
+    cheapest,
+    largest_chunk,
+)
 from hairpin.planning.emit import EmissionError, Emitted, Region, emit
 from hairpin.planning.loop import Loop
 from hairpin.planning.regions import (
@@ -29,21 +36,32 @@ from hairpin.planning.regions import (
     sized,
     walk,
 )
+from hairpin.planning.rewrite import Reorder, rewritten
 from hairpin.units import format_bytes
 
 _TRIES = 8  # certificates asked for before a budget counts as out of reach
 _CORRECTIONS = 3  # certificates that may correct the chunk sizes at new lengths
+_ORDERS = 4  # of a graph, tried against one bottleneck
+_MOST_REWRITES = 24  # from a graph's own order
+_LOWER = 0.98  # of a floor, below which another order is worth having
 _MOST_BANNED = 100  # regions that turned out not to be writable as a loop
 
 
 @dataclass(eq=False)
 class Search:
-    """Everything about a graph that does not depend on the budget."""
+    """Everything about a graph that does not depend on the budget.
+
+    Attributes:
+        follow: gives the flow of another order of the same graph.
+        rewrites: how this order came about; none for the graph as it was traced.
+    """
 
     traced: Traced
     flow: Flow
     marks: list[int]
     found: list[Candidate]
+    follow: Callable[[Traced], Flow]
+    rewrites: tuple[Reorder, ...] = ()
 
     @classmethod
     def of(cls, traced: Traced, extra: Mapping[Any, int] | None = None) -> "Search":
@@ -52,18 +70,66 @@ class Search:
         Args:
             extra: node of the graph -> bytes that a block inside it holds while it runs.
         """
-        return cls.at(traced, flow_of(traced.graph).with_extra(extra or {}))
+        named = {node.name: nbytes for node, nbytes in (extra or {}).items()}
+
+        def follow(order: Traced) -> Flow:
+            held = {node: named[node.name] for node in order.graph.nodes if node.name in named}
+            return flow_of(order.graph).with_extra(held)
+
+        return cls._following(traced, follow)
 
     @classmethod
-    def at(cls, traced: Traced, flow: Flow) -> "Search":
-        """List the regions of a graph at the lengths that its flow has."""
+    def at(cls, traced: Traced, flat: Sequence[Any]) -> "Search":
+        """List the regions of a graph at the lengths of these inputs."""
+        return cls._following(traced, lambda order: flow_of(concrete(order.graph, flat)))
+
+    @classmethod
+    def _following(
+        cls,
+        traced: Traced,
+        follow: Callable[[Traced], Flow],
+        rewrites: tuple[Reorder, ...] = (),
+    ) -> "Search":
+        flow = follow(traced)
         marks = boundaries(flow)
-        return cls(traced, flow, marks, list(candidates(flow, marks)))
+        return cls(traced, flow, marks, list(candidates(flow, marks)), follow, rewrites)
 
     @cached_property
     def floor_bytes(self) -> int:
-        """The least budget that the search can meet, as it estimates it."""
-        return least_budget(self.flow, self.marks, self.found)
+        """The least budget that the search can meet in this order, as it estimates it."""
+        return self._bottleneck.nbytes
+
+    @cached_property
+    def _bottleneck(self) -> Bottleneck:
+        return bottleneck(self.flow, self.marks, self.found)
+
+    @cached_property
+    def better(self) -> "Search | None":
+        """The same graph in an order without its bottleneck; None where none is found."""
+        worst = self._bottleneck
+        if len(self.rewrites) >= _MOST_REWRITES:
+            return None
+        wanted = [
+            (loop, candidate)
+            for candidate in self.found
+            if candidate.start <= worst.start
+            and candidate.end >= worst.end
+            and (loop := candidate.fixed_bytes + candidate.turn(1)) < _LOWER * worst.nbytes
+            and candidate.ahead_bytes > loop
+        ]
+        wanted.sort(key=lambda each: (each[0], each[1].end - each[1].start))
+        for _, candidate in wanted[:_ORDERS]:
+            rewrite = Reorder.of(region_of(candidate))
+            try:
+                order = rewrite(self.traced)
+            except EmissionError:
+                continue
+            found = self._following(order, self.follow, (*self.rewrites, rewrite))
+            now, longer = found._bottleneck, len(found.flow.steps) - len(self.flow.steps)
+            elsewhere = now.end <= candidate.start or now.start >= candidate.end + longer
+            if now.nbytes < _LOWER * worst.nbytes or (elsewhere and now.nbytes <= worst.nbytes):
+                return found
+        return None
 
 
 @dataclass(eq=False)
@@ -189,8 +255,7 @@ class Program:
                 if peak <= room:
                     return replace(self, chunks=chunks, peak_bytes=peak)
                 margin += peak - room
-        flow = flow_of(concrete(self.traced.graph, flat))
-        made = make_program(Search.at(self.traced, flow), room, flat, Speeds())
+        made = make_program(Search.at(self.traced, flat), room, flat, Speeds())
         return replace(made, backward=self.backward, entry_bytes=self.entry_bytes)
 
     def _is_example(self, lengths: Mapping[Any, int]) -> bool:
@@ -245,6 +310,8 @@ def make_program(
 ) -> Program:
     """The cheapest loops under a budget, their peak certified on fake tensors.
 
+    Where the graph's own order does not allow it, others are tried.
+
     Args:
         flat: the graph's inputs; fake ones will do.
         inner: path of a block inside the graph -> bytes that it holds while it runs.
@@ -252,14 +319,32 @@ def make_program(
     Raises:
         MemoryBudgetError: there is no way; the floor is in the message and in ``floor_bytes``.
     """
+    order: Search | None = search
+    least: MemoryBudgetError | None = None
+    while order is not None:
+        try:
+            return _program(order, budget_bytes, flat, speeds, inner or {})
+        except MemoryBudgetError as error:
+            least = min(least or error, error, key=lambda each: each.floor_bytes)
+        order = order.better
+        while order is not None and order.floor_bytes > budget_bytes and order.better is not None:
+            order = order.better
+    assert least is not None
+    raise least
+
+
+def _program(
+    search: Search,
+    budget_bytes: int,
+    flat: Sequence[Any],
+    speeds: Speeds,
+    inner: Mapping[str, int],
+) -> Program:
+    """The same in one order of the graph."""
     margin, corrections, banned = 0, Counter[Any](), set[Any]()
     tries, least = 0, 0
     while tries < _TRIES and len(banned) < _MOST_BANNED:
-        found = [
-            replace(c, fixed_bytes=c.fixed_bytes + corrections[c.key]) if corrections[c.key] else c
-            for c in search.found
-            if c.key not in banned
-        ]
+        found = [_corrected(c, corrections[c.key]) for c in search.found if c.key not in banned]
         choices = cheapest(search.flow, search.marks, found, budget_bytes - margin, speeds)
         if choices is None:
             break
@@ -270,7 +355,7 @@ def make_program(
             continue
         tries += 1
         chunks = tuple(choice.chunk for choice in choices)
-        certificate = certify(emitted, flat, chunks, inner or {})
+        certificate = certify(emitted, flat, chunks, inner)
         if certificate.peak_bytes <= budget_bytes:
             return Program(
                 search,
@@ -290,6 +375,17 @@ def make_program(
             else:
                 corrections[choices[place].candidate.key] += over
     raise _out_of_reach(search, budget_bytes, max(search.floor_bytes, least))
+
+
+def _corrected(candidate: Candidate, nbytes: int) -> Candidate:
+    """A region that holds more than the search took it to."""
+    if not nbytes:
+        return candidate
+    return replace(
+        candidate,
+        ahead_bytes=candidate.ahead_bytes + nbytes,
+        fixed_bytes=candidate.fixed_bytes + nbytes,
+    )
 
 
 def _over(certificate: Timeline, budget_bytes: int) -> dict[str, int]:
@@ -354,6 +450,7 @@ def restored(traced: Traced, loops: Any) -> Program:
     Args:
         loops: a :class:`~hairpin.planning.loops.BlockLoops` for exactly this graph.
     """
+    traced = rewritten(traced, loops.rewrites)
     flow = flow_of(traced.graph)
     choices = []
     for loop in loops.loops:
@@ -364,7 +461,7 @@ def restored(traced: Traced, loops: Any) -> Program:
         flow, [region_of(choice.candidate) for choice in choices], reuse=not loops.backward
     )
     return Program(
-        Search(traced, flow, [], []),
+        Search(traced, flow, [], [], lambda order: flow_of(order.graph), loops.rewrites),
         tuple(choices),
         emitted,
         loops.budget_bytes,
@@ -391,27 +488,21 @@ def certify(
     """
     meter = Meter()
     values = [_Counted(x, meter, inner) if isinstance(x, BlockCall) else x for x in flat]
-    handles = []
-    for name in emitted.loops:
-        loop = emitted.module.get_submodule(name)
-        handles.append(loop.register_forward_pre_hook(_Labels(meter, name)))
-        handles.append(loop.register_forward_hook(_Labels(meter, "")))
-    try:
-        return measure(lambda *given: emitted.module(*given, *chunks), values, meter=meter)
-    finally:
-        for handle in handles:
-            handle.remove()
+    labelled = _Labelled(emitted, meter)
+    return measure(lambda *given: labelled.run(*given, *chunks), values, meter=meter)
 
 
-@dataclass(eq=False)
-class _Labels:
-    """A hook that tells the meter which loop runs."""
+class _Labelled(fx.Interpreter):
+    """Runs a graph with loops, and tells the meter which loop each step belongs to."""
 
-    meter: Meter
-    name: str
+    def __init__(self, emitted: Emitted, meter: Meter) -> None:
+        super().__init__(emitted.module)
+        self.meter = meter
 
-    def __call__(self, *_: Any) -> None:
-        self.meter.label = self.name
+    def run_node(self, n: fx.Node) -> Any:
+        """One step; those ahead of a loop count as the loop's."""
+        self.meter.label = str(n.target) if n.op == "call_module" else n.meta.get("ahead_of", "")
+        return super().run_node(n)
 
 
 class _Counted:

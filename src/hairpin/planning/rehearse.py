@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +22,9 @@ from hairpin.graph.trace import OpCall, Recording, Shape, fake_inputs, recording
 from hairpin.layout import Layout
 from hairpin.planning.apply import attach, detach
 from hairpin.planning.attachment import Attachment
+from hairpin.planning.example import Example, plainly
 from hairpin.planning.plan import Plan
 from hairpin.planning.seam import Table, bind, manner, stream_name
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,27 +88,6 @@ class RehearsalMover:
         """One process agrees with itself."""
 
 
-def as_example(example: Any) -> Example:
-    """An example as (args, kwargs): a tensor, a tuple, a dict, or both.
-
-    Raises:
-        PlanError: something else.
-    """
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        pair = len(example) == 2 and isinstance(example[0], (tuple, list))
-        if pair and isinstance(example[1], Mapping):
-            return tuple(example[0]), dict(example[1])
-        return tuple(example), {}
-    raise PlanError(
-        f"example is a {type(example).__name__}; give a tensor, a tuple of arguments, a dict of "
-        "keyword arguments, or (args, kwargs)"
-    )
-
-
 def rehearse(
     model: nn.Module, example: Example, table: Table, plan: Plan | None = None, rank: int = 0
 ) -> Run:
@@ -144,19 +121,6 @@ def quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Without compiled blocks and without torch's fused inference path for its own transformers."""
-    was_fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the model warns of, it will warn of when it runs
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_fast)
 
 
 def _run(model: nn.Module, example: Example, table: Table, plan: Plan | None, rank: int) -> Run:

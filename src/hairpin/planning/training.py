@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hairpin.errors import MemoryBudgetError, TraceError
-from hairpin.graph.memory import Flow, Step, flow_of
+from hairpin.graph.memory import Flow, Step
 from hairpin.graph.meter import Meter, Timeline, fake_inputs, measure
 from hairpin.planning.choose import Choice, Speeds
 from hairpin.planning.emit import EmissionError, Emitted, emit
 from hairpin.planning.loop import Loop
-from hairpin.planning.program import Program, Search, concrete, region_of, sized_at
+from hairpin.planning.program import Program, Search, region_of, sized_at
 from hairpin.planning.regions import Candidate, Walk, walk
 from hairpin.units import format_bytes
 
@@ -95,7 +95,7 @@ class TrainingProgram(Program):
             if peak <= room:
                 return replace(self, chunks=chunks, peak_bytes=peak, kept=found.kept)
             margin += peak - room
-        search = Search.at(self.traced, flow_of(concrete(self.traced.graph, flat)))
+        search = Search.at(self.traced, flat)
         made = make_training_program(search, room, flat, Speeds())
         return replace(made, entry_bytes=self.entry_bytes)
 

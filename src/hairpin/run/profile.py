@@ -18,7 +18,7 @@ from torch.profiler import profile as torch_profile
 
 from hairpin.comm.mesh import Mesh, Traffic
 from hairpin.errors import HairpinError
-from hairpin.planning.rehearse import as_example
+from hairpin.planning.example import as_example
 from hairpin.units import format_bytes, format_time
 
 Loss = Callable[[Any], Tensor]
