@@ -17,7 +17,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.graph import axes as module
-from hairpin.graph.axes import Axis, Operation, Span, TensorRef, axes, has_rule, operation
+from hairpin.graph.axes import (
+    Axis,
+    Operation,
+    Span,
+    TensorRef,
+    axes,
+    composite,
+    has_rule,
+    operation,
+)
 from hairpin.graph.axis_labels import labelled
 
 aten = torch.ops.aten
@@ -373,6 +382,9 @@ def views():
     yield "a0>0 a2>1", aten.unbind.int, x(2, 3, 5), 1
     yield "a1>0", aten.diagonal.default, x(3, 4, 5), 0, 0, 2
     yield "a0>0", aten.unfold.default, x(3, 9), 1, 3, 2
+    yield "a0>0 a1*3>1", aten.unfold.default, x(4, 9), 1, 3, 3
+    yield "a0>0", aten.unfold.default, x(4, 10), 1, 3, 3
+    yield "a0>0 a1>1", aten.unfold.default, x(4, 5), 1, 1, 1
     yield "a0>0", aten.split.Tensor, x(3, 5), 2, 1
     yield "a0>0", aten.split.sizes, x(3, 5), [1, 4], -1
     yield "a0>0", aten.split_with_sizes.default, x(3, 5), [1, 4], -1
@@ -411,7 +423,12 @@ def lookups():
     yield "a1>1 b0c0>0", aten.index.Tensor, x(4, 5, 3), [i(6), None, i(6)]
     yield "a0>1 a2>2 b0c0>0", aten.index.Tensor, x(4, 5, 3, 6), [None, i(7), None, i(7)]
     yield "a0>0 b0>1 c0>2", aten.index.Tensor, x(4, 5, 3), [None, i(2, 1), i(6)]
-    yield "", aten.index.Tensor, x(4, 5, 3), [b(4)]
+    yield "a1>1 a2>2", aten.index.Tensor, x(4, 5, 3), [b(4)]
+    yield "a2>1", aten.index.Tensor, x(4, 5, 3), [b(4, 5)]
+    yield "a0>0", aten.index.Tensor, x(4, 5, 3), [None, b(5, 3)]
+    yield "a1>1", aten.index.Tensor, x(4, 5, 3), [torch.arange(4) < 2, None, i(2)]
+    yield "a2>1", aten.index.Tensor, x(4, 5, 3), [torch.arange(4) < 1, i(2)]
+    yield "a1>2", aten.index.Tensor, x(4, 5, 3), [torch.arange(4) < 1, None, i(6, 2)]
     yield "a0>0 a1>1", aten.isin.Tensor_Tensor, i(3, 5), i(4)
     yield "a0>0 a1>1", aten.bucketize.Tensor, x(3, 5), x(4).sort().values
     yield "a0b0>0 b1>1", aten.searchsorted.Tensor, x(3, 4).sort().values, x(3, 5)
@@ -428,6 +445,8 @@ def lookups():
     yield "a0b0>0 a2b1>2", aten.select_scatter.default, x(3, 4, 5), x(3, 5), 1, 2
     yield "a0b0>0", aten.slice_scatter.default, x(3, 5), x(3, 2), 1, 0, 2
     yield "a1c1>1", aten.index_put.default, x(3, 5), [i(2)], x(2, 5)
+    yield "a1c1>1", aten.index_put.default, x(3, 5), [torch.arange(3) < 2], x(2, 5)
+    yield "a2>2", aten.index_put.default, x(3, 5, 4), [b(3, 5)], torch.tensor(2.0).double()
 
 
 def along():
@@ -448,6 +467,7 @@ def along():
     yield "a0>0 a2>2", aten.roll.default, x(2, 3, 5), [1], [1]
     yield "", aten.roll.default, x(3, 5), [1]
     yield "a0>0", aten.tril.default, x(2, 3, 5)
+    yield "", aten.trace.default, x(3, 3)
     yield "", aten.triu.default, x(3, 5)
     yield "a0>0 a1>1", aten.glu.default, x(2, 3, 4), -1
     yield "a0>0", aten.diff.default, x(3, 5), 1, -1
@@ -539,6 +559,17 @@ def norms():
     )
     legit = aten._native_batch_norm_legit_no_training.default
     yield "a0>0,_,_ a1b0c0d0e0>1,_,_ a2>2,_,_", legit, x(3, 4, 5), x(4), x(4), mean, var, 0.1, 1e-5
+    for norm in (aten.native_batch_norm, aten._native_batch_norm_legit):
+        statistics = x(3, 4, 5), x(4), x(4), mean.clone(), var.clone()
+        yield "", norm.default, *statistics, True, 0.1, 1e-5
+        yield "a0>0,_,_ a1b0c0d0e0>1,_,_ a2>2,_,_", norm.default, *statistics, False, 0.1, 1e-5
+    yield (
+        "a0>0,_,_,_ a1b0c0d0e0>1,_,_,_ a2>2,_,_,_",
+        aten._batch_norm_no_update.default,
+        *(x(3, 4, 5), x(4), x(4), mean, var),
+        0.1,
+        1e-5,
+    )
     yield (
         "a0>0,_,_ a1b0c0d0e0>1,_,_ a2>2,_,_",
         aten.native_batch_norm.default,
@@ -872,7 +903,7 @@ def test_every_axis_is_found_and_right(call, want):
 
 
 ONLY_ON_GPU = {f"_scaled_dot_product_{name}_attention" for name in ("cudnn", "efficient", "flash")}
-ONLY_ON_GPU |= {"_scaled_dot_product_fused_attention_overrideable"}
+ONLY_ON_GPU |= {"_scaled_dot_product_fused_attention_overrideable", "cudnn_batch_norm"}
 
 
 def test_no_rule_goes_untested():
@@ -907,6 +938,75 @@ def test_attention_kernels_of_a_gpu(name, options, want):
     args = (q, k, k, *(bias if option == "bias" else option for option in options))
     found = axes(operation(func, args, {}, func(*args)))
     assert sorted(written(axis, 2) for axis in found) == sorted(want.split())
+
+
+@pytest.mark.parametrize(("training", "want"), [(False, "a0>0 a1b0c0d0e0>1 a2>2"), (True, "")])
+def test_batch_norm_of_a_gpu(training, want):
+    args = [torch.empty(shape, device="meta") for shape in [(3, 4, 5), *[(4,)] * 4]]
+    func = aten.cudnn_batch_norm.default
+    found = axes(operation(func, (*args, training, 0.1, 1e-5), {}, args[0]))
+    assert sorted(written(axis, 1) for axis in found) == sorted(want.split())
+
+
+# Parts that lie in a dim in blocks, which a split has and no loop
+
+
+IN_BLOCKS = [
+    ("a0>0*20 a1>0*5/3 a2>0*1/12", (3, 4, 5), (60,)),
+    ("a0*20>0 a0*5/3>1 a0*1/12>2", (60,), (3, 4, 5)),
+    ("a0>0*4 a1>0*1/3 a2>1", (3, 4, 5), (12, 5)),
+    ("a0>0 a1>1*5 a2>1*1/4", (3, 4, 5), (3, 20)),
+    ("a0>0*4 a2>0*1/3 a3>2*2 a4>2*1/5", (3, 1, 4, 5, 2), (12, 1, 10)),
+    ("a0*4>0 a0*1/3>1 a1*5>2 a1*1/4>3", (12, 20), (3, 4, 4, 5)),
+    ("a0>0*2", (3, 4), (6, 2)),  # of dims that are put together otherwise, only the slowest
+    ("", (3, 4), (4, 3)),
+]
+
+
+@pytest.mark.parametrize(("want", "before", "after"), IN_BLOCKS)
+def test_a_reshape_keeps_every_dim_that_is_merged_or_taken_apart(want, before, after):
+    source, result = x(*before), x(*before).reshape(after)
+    call = operation(aten.reshape.default, (source, after), {}, result)
+    found = axes(call, in_blocks=True)
+    assert {blocked(axis) for axis in found} == set(want.split())
+    for axis in found:
+        part = of_blocks(source, axis.inputs[0])
+        expected = of_blocks(result, axis.outputs[0])
+        same(part.reshape(expected.shape), expected)
+
+
+def blocked(axis):
+    """As ``written``, with the number of blocks: ``*5/3`` has 3 blocks, in units of 5."""
+
+    def term(span):
+        return f"{span.dim}" + (f"*{span.unit}" if span.unit * span.blocks > 1 else "")
+
+    spans = axis.inputs[0], axis.outputs[0]
+    return "a" + ">".join(term(s) + f"/{s.blocks}" * (s.blocks > 1) for s in spans)
+
+
+def of_blocks(tensor, span):
+    """All positions of an axis but the first, in every block."""
+    _, *others = tensor.unflatten(span.dim, (span.blocks, -1)).split(span.unit, span.dim + 1)
+    return torch.cat(others, span.dim + 1).flatten(span.dim, span.dim + 1)
+
+
+def test_loops_are_given_no_axis_in_blocks():
+    call = operation(aten.view.default, (x(3, 4), [12]), {}, x(12))
+    assert len(axes(call, in_blocks=True)) == 2
+    assert [written(axis, 1) for axis in axes(call)] == ["a0>0*4"]
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "einsum"])
+def test_functions_that_torch_takes_apart(name):
+    args = {
+        "linear": (x(3, 4), x(5, 4), None),
+        "matmul": (x(3, 4), x(4, 5)),
+        "einsum": ("ik,kj->ij", x(3, 4), x(4, 5)),
+    }[name]
+    want = {"linear": "a0>0 a1b1+ b0>1"}.get(name, "a0>0 a1b0+ b1>1")
+    call = composite(f"aten.{name}", args, {}, x(3, 5))
+    assert sorted(written(axis, 1) for axis in axes(call)) == sorted(want.split())
 
 
 # What calls may hold
@@ -996,9 +1096,9 @@ DIFFERS = {
     "aten.bernoulli.default": "random",
     "aten.add_.Tensor": "writes into its input",
     "aten.bucketize.Tensor": "adds up what parts of the boundaries count",
-    "aten.index.Tensor": "also takes masks",
     "aten._native_batch_norm_legit_no_training.default": "has statistics to return on CUDA",
     "aten.native_batch_norm.default": "has statistics to return on CUDA",
+    "aten._native_batch_norm_legit.default": "writes statistics in training",
 }
 
 
@@ -1032,7 +1132,9 @@ def test_all_axes_that_dtensor_knows_are_found():
         short = any(
             length < 2 for tensor in tensors for length in tensor.shape
         )  # it cuts these too
-        if call.func in known and call.name not in DIFFERS and not short:
+        # It takes a mask to stand for one dim.
+        masked = "index" in call.name and any(t.dtype == torch.bool for t in tensors)
+        if call.func in known and call.name not in DIFFERS and not short and not masked:
             args, kwargs = tree_map_only(
                 Tensor, lambda t: meta(t.shape, t.stride(), t.dtype), (call.args, call.kwargs)
             )

@@ -5,6 +5,7 @@ the whole and on every rank's part. Whatever the rules then say, they may not ac
 numbers differ from the part of the whole.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,9 +195,7 @@ PRODUCTS = [
     wrong(
         "linear, channels and weight split", F.linear, shapes=[(B, T, S, C), (5, C)], split=(3, 1)
     ),
-    careful(
-        "linear, weight's outputs split", F.linear, shapes=[(B, T, S, C), (4, C)], split=(None, 0)
-    ),
+    ok("linear, weight's outputs split", F.linear, shapes=[(B, T, S, C), (4, C)], split=(None, 0)),
     ok("linear of a vector", F.linear, shapes=[(T, C), (5, C), (5,)], split=(0, None, None)),
     ok("matmul, rows split", torch.matmul, shapes=[(B, T, C), (C, 5)], split=(1, None)),
     ok("matmul, columns split", torch.matmul, shapes=[(B, 5, C), (B, C, T)], split=(None, 2)),
@@ -245,14 +244,14 @@ PRODUCTS = [
         shapes=[(B, T, C), (B, T, 5)],
         split=(1, None),
     ),
-    careful(
+    ok(
         "einsum with dots",
         lambda a, w: torch.einsum("...c,cd->...d", a, w),
         shapes=[(B, T, S, C), (C, 5)],
         split=(1, None),
     ),
     wrong("einsum with dots, contracted", lambda a: torch.einsum("...tsc->...sc", a), **x()),
-    careful(
+    ok(
         "einsum, implicit output",
         lambda a, w: torch.einsum("bt,td", a, w),
         shapes=[(T, C), (C, 5)],
@@ -332,6 +331,28 @@ ATTENTION = [
 ]
 
 CONVOLUTIONS = [
+    careful(
+        "conv1d of patches",
+        lambda a, w: F.conv1d(a, w, stride=2),
+        shapes=[(B, C, 8), (5, C, 2)],
+        split=(2, None),
+    ),
+    wrong(
+        "conv1d of patches over merged dims",
+        lambda a, w: F.conv1d(a.flatten(1, 2)[:, None], w, stride=2),
+        shapes=[(B, 2, 6), (5, 1, 2)],
+        split=(2, None),
+        ranks=(2,),
+    ),
+    ok(
+        "pad by reflection of another dim",
+        lambda a: F.pad(a, (1, 1), mode="reflect"),
+        shapes=[(B, T, 8)],
+        split=(1,),
+    ),
+    ok(
+        "max_pool1d of another dim", lambda a: F.max_pool1d(a, 2, 1), shapes=[(T, C, 8)], split=(0,)
+    ),
     ok("conv1d, batch split", F.conv1d, shapes=[(T, C, S), (5, C, 3)], split=(0, None)),
     wrong(
         "conv1d along the split dim",
@@ -381,6 +402,23 @@ CONVOLUTIONS = [
 ]
 
 MOVES = [
+    wrong(
+        "neighbours of merged dims put together",
+        lambda a: a.flatten(0, 1).view(-1, 2 * C) * 1,
+        shapes=[(2, 6, C)],
+        split=(1,),
+        ranks=(2,),
+    ),
+    ok("a slow dim taken apart with a fast one", lambda a: a.view(-1, 2) * 1, **x(0), ranks=(3,)),
+    ok("squeeze of everything", lambda a: a.unsqueeze(1).squeeze() * 1, **x(), ranks=(2,)),
+    ok("repeat_interleave of another dim", lambda a: a.repeat_interleave(2, 2), **x()),
+    ok(
+        "expand to a local length",
+        lambda a, w: a + w.expand(a.shape[1], 1, C),
+        shapes=[(B, T, S, C), (1, 1, C)],
+        split=(1, None),
+    ),
+    ok("nothing of a split one", lambda a: (a[:, :, :0] + 1, a * 2)[1], **x()),
     ok("permute", lambda a: a.permute(0, 2, 1, 3).contiguous() + 1, **x()),
     ok("flatten and back", lambda a: a.flatten(0, 1).relu().view(B, -1, S, C), **x()),
     ok("merged with the batch", lambda a: F.gelu(a.flatten(0, 1)).mean(1), **x()),
@@ -564,6 +602,34 @@ TABLES = [
         split=(0, 0),
         integers=frozenset({0}),
     ),
+    ok(
+        "index_put, another dim split",
+        lambda i, a: a.new_zeros(3, a.shape[1]).index_put((i,), a, accumulate=True),
+        shapes=[(5,), (5, C)],
+        split=(None, 1),
+        integers=frozenset({0}),
+    ),
+    ok(
+        "index by split positions in another split dim",
+        lambda i, w: w[i] * 1,
+        shapes=[(T,), (3, C)],
+        split=(0, 1),
+        integers=frozenset({0}),
+    ),
+    ok(
+        "index by a mask of another dim",
+        lambda m, w: w[m > 0] * 1,
+        shapes=[(5,), (5, C)],
+        split=(None, 1),
+        integers=frozenset({0}),
+    ),
+    wrong(
+        "index by a mask of two dims, one of them split",
+        lambda m, w: w[m[:, : w.shape[1]] > 0].sum(0),
+        shapes=[(5, 4), (5, 4, C)],
+        split=(1, 1),
+        integers=frozenset({0}),
+    ),
     wrong(
         "index_put in place",
         lambda i, a: torch.zeros(3, C).double().index_put_((i,), a),
@@ -595,6 +661,7 @@ TABLES = [
     careful(
         "one_hot", lambda i: F.one_hot(i, 3), shapes=[(B, T)], split=(1,), integers=frozenset({0})
     ),
+    wrong("sum of every entry above", lambda a: (a > 0).nonzero().sum(), **x()),
     wrong("masked_select", lambda a: a[a > 0], shapes=[(T, C)], split=(0,)),
     wrong(
         "searchsorted in a split one",
@@ -610,7 +677,7 @@ TABLES = [
         integers=frozenset({1}),
     ),
     wrong("mse_loss", F.mse_loss, **xy(1, 1)),
-    careful("mse_loss of each", lambda a, b: F.mse_loss(a, b, reduction="none"), **xy(1, 1)),
+    ok("mse_loss of each", lambda a, b: F.mse_loss(a, b, reduction="none"), **xy(1, 1)),
 ]
 
 POSITIONS = [
@@ -773,6 +840,61 @@ def test_no_rule_accepts_a_part_that_differs(case):
             assert accepted, f"{ranks} ranks: {next(f for f, _ in found if f is not None)}"
         if case.fine is False:
             assert not accepted, f"{ranks} ranks: accepted"
+
+
+QUERIES = [
+    *((heads, split) for heads in ((4, 2), (4, 4), (8, 4)) for split in (1, 2)),
+    ((4, 1), 2),
+]
+
+
+@pytest.mark.parametrize(("heads", "split"), QUERIES)
+def test_heads_that_share_keys(heads, split):
+    """Query heads may be split where their key heads are split with them."""
+    attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+    shapes = [(B, heads[0], 6, C), *[(B, heads[1], 5, C)] * 2]
+    keys = 1 if split == 1 else None
+    case = Case("heads", attend, shapes, (split, keys, keys), ranks=(2,))
+    found = verdicts(case, 2)
+    assert found == [(None, True)] * 2, found[0]
+
+
+MESSAGES = {
+    "sum of the split dim": "aten.sum computes along it",
+    "gather by split indices from a whole one": "aten.gather meets a split tensor with a whole one "
+    "along the split dim (lengths [(4, 2), (4, 4)] as (whole, part))",
+    "linear, channels and weight split": "linear sums over it",
+    "matmul, contracted": "matmul sums over it",
+    "einsum, contracted": "einsum 'btsc,tn->bnsc' sums over it",
+    "einsum, summed out": "einsum 'btsc->bsc' sums over it",
+    "batch_norm in training": "takes statistics along it",
+    "attention, tokens split": "attends along it",
+    "attention, causal queries split": "masks causally by positions along it",
+    "conv1d along the split dim": "aten.convolution mixes neighbours along it",
+    "gather in a split dim": "aten.gather looks up positions along it",
+    "cat along the split dim": "aten.cat joins along it",
+    "repeat": "aten.repeat repeats along it",
+    "pad": "aten.constant_pad_nd pads along it",
+    "slice": "aten.slice picks positions along it",
+    "view by a global length": "reshape from (3, 4, 4, 8) to (3, 4, 4, 8) regroups it with other "
+    "dims (on a part, from (3, 2, 4, 8) to (3, 4, 2, 8))",
+    "expand of a part of one": "expand gives it the whole length again: a hard-coded length",
+    "as_strided": "it uses aten.as_strided, for which Hairpin has no rule, on a split tensor",
+    "arange of a split length": "aten.arange is given end=4 on the whole and end=2 on a part",
+    "randn_like": "aten.randn_like draws random numbers of a split shape outside an nn.Dropout",
+    "sum of every entry above": "aten.nonzero reads values of a split tensor into Python",
+    "positions narrowed": "takes a part of a whole tensor by a length that is split",
+    "scaled by a local length": "a number taken from a length that is split",
+    "if the local length": "the code branches on a length that the split changes",
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_refusal_says_what_is_wrong(name):
+    (case,) = [case for case in CASES if case.name == name]
+    reasons = [getattr(f, "reason", f) for f, _ in verdicts(case, case.ranks[0])]
+    reason = next(r for r in reasons if r is not None)
+    assert MESSAGES[name] in reason
 
 
 def test_the_table_has_teeth():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hairpin.graph.axes import TensorRef
 from hairpin.graph.trace import fake_inputs, recording
 
 
@@ -42,10 +43,11 @@ def test_operations_with_their_modules_and_parameters():
 def test_shapes_stand_for_tensors():
     _, run = record(Model(), torch.zeros(2, 3))
     linear, _, scaled, _ = run.calls
-    assert linear.shapes == ((2, 3), (5, 3), (5,))
-    assert linear.results == ((2, 5),)
-    assert scaled.arguments["self"] == (2, 5)
-    assert scaled.arguments["other"] == (5,)
+    assert linear.operation.inputs == ((2, 3), (5, 3), (5,))
+    assert linear.operation.outputs == ((2, 5),)
+    assert linear.operation.arguments["weight"] == TensorRef(1)
+    assert scaled.operation.inputs == ((2, 5), (5,))
+    assert scaled.operation.arguments["other"] == TensorRef(1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_run_on_fake_tensors_has_the_same_operations():
     with fake_inputs(torch.zeros(2, 3), torch.device("cpu")) as x:
         out, fake = record(model, x)
     assert [c.name for c in fake.calls] == [c.name for c in real.calls]
-    assert [c.results for c in fake.calls] == [c.results for c in real.calls]
+    assert [c.operation for c in fake.calls] == [c.operation for c in real.calls]
     assert fake.peak_bytes == real.peak_bytes
     assert out.shape == (2, 5)
 

@@ -1,4 +1,4 @@
-"""What each ATen operation does to each dim: the table that loops over parts rely on.
+"""What each ATen operation does to each dim: the table that loops and splits rely on.
 
 ``axes`` gives, for one call, the dims along which its result can be computed part by part: cut the
 named inputs, run the operation on each part, put the outputs side by side or add them up. An
@@ -21,15 +21,42 @@ from hairpin.graph import axis_math as math
 from hairpin.graph import axis_rules as moves
 from hairpin.graph.axis_labels import Axis, Operation, Rule, Shape, Span, TensorRef, pattern
 
-__all__ = ["Axis", "Operation", "Shape", "Span", "TensorRef", "axes", "has_rule", "operation"]
+__all__ = [
+    "Axis",
+    "Operation",
+    "Shape",
+    "Span",
+    "TensorRef",
+    "axes",
+    "composite",
+    "has_rule",
+    "operation",
+    "reads_nothing",
+]
 
 
-def axes(operation: Operation) -> tuple[Axis, ...]:
-    """The axes of one call; none where the operation is unknown or needs everything whole."""
+def axes(operation: Operation, *, in_blocks: bool = False) -> tuple[Axis, ...]:
+    """The axes of one call; none where the operation is unknown or needs everything whole.
+
+    Args:
+        operation: the call.
+        in_blocks: also the axes whose parts do not lie in one piece, as those of t in a dim
+            ``(b t)``. No loop can cut these, but a rank of a split may hold such a part.
+    """
     rule = _rule(operation.name)
     if rule is None and operation.pointwise and not _is_excluded(operation.name):
         rule = moves.pointwise
-    return rule(operation) if rule is not None else ()
+    found = rule(operation) if rule is not None else ()
+    return found if in_blocks else tuple(axis for axis in found if not _lies_in_blocks(axis))
+
+
+def _lies_in_blocks(axis: Axis) -> bool:
+    return any(span.blocks > 1 for side in (axis.inputs, axis.outputs) for span in side.values())
+
+
+def reads_nothing(name: str) -> bool:
+    """Whether ``name`` makes a constant: its tensor inputs, if any, give a dtype alone."""
+    return _rule(name) is moves.made
 
 
 def has_rule(name: str) -> bool:
@@ -63,14 +90,41 @@ def operation(
         arguments[argument.name] = (
             given[place] if place < len(given) else by_name.get(argument.name, default)
         )
-    results = outputs if isinstance(outputs, (list, tuple)) else [outputs]
     return Operation(
         name=str(func.overloadpacket),
         arguments=MappingProxyType(arguments),
         inputs=tuple(inputs),
-        outputs=tuple(_shape(value) if isinstance(value, Tensor) else () for value in results),
+        outputs=_results(outputs),
         pointwise=torch.Tag.pointwise in func.tags,
     )
+
+
+def composite(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Operation:
+    """A call of a function that torch takes apart, as the rules see it.
+
+    Args:
+        name: ATen's name for it, such as ``"aten.einsum"``.
+        args: its positional arguments; where the rules know no name, they go by their places.
+        kwargs: its keyword arguments.
+        outputs: what it returned.
+    """
+    inputs: list[Shape] = []
+    names = _NAMES.get(name, ())
+    given = {names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}
+    arguments = {key: _concrete(value, inputs) for key, value in {**given, **kwargs}.items()}
+    return Operation(
+        name, MappingProxyType(arguments), tuple(inputs), _results(outputs), pointwise=False
+    )
+
+
+_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"aten.linear": ("input", "weight", "bias"), "aten.einsum": ("equation",)}
+)
+
+
+def _results(outputs: Any) -> tuple[Shape, ...]:
+    listed = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    return tuple(_shape(value) if isinstance(value, Tensor) else () for value in listed)
 
 
 def _concrete(value: Any, inputs: list[Shape]) -> Any:
@@ -217,7 +271,7 @@ _RULES = _table(
         "fft_rfftn fft_irfftn fft_fftshift fft_ifftshift",
     ),
     (moves.along("dims"), "flip roll rot90"),
-    (moves.all_but_last(2), "tril triu"),
+    (moves.all_but_last(2), "tril triu trace"),
     (
         moves.all_but_last(2),
         "linalg_inv linalg_inv_ex linalg_cholesky linalg_qr linalg_svd _linalg_svd linalg_svdvals",
@@ -238,6 +292,7 @@ _RULES = _table(
     (
         math.batch_norm,
         "batch_norm native_batch_norm _native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit _batch_norm_no_update cudnn_batch_norm",
     ),
     (math.instance_norm, "instance_norm"),
     # Losses

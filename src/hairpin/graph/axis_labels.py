@@ -25,11 +25,13 @@ Shape = tuple[int, ...]
 class Span:
     """A dim of one tensor cut in parts.
 
-    Part ``[i, i + n)`` of a loop is elements ``[i * unit, (i + n) * unit)`` along ``dim``.
+    Part ``[i, i + n)`` of a loop is elements ``[i * unit, (i + n) * unit)`` along ``dim``; where
+    the dim is ``blocks`` blocks of equal length, one after the other, those of every block.
     """
 
     dim: int
     unit: int = 1
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

@@ -92,41 +92,64 @@ def reshaped(operation: Operation) -> tuple[Axis, ...]:
     """The same elements in the same order, under other dims.
 
     Dims that together hold the same elements before and after form a group; the slowest of a group
-    can be cut wherever the cut falls between positions on both sides.
+    can be cut wherever the cut falls between positions on both sides. Where dims become one, or one
+    becomes several, each of them can be cut; its parts then lie in the one dim in blocks.
     """
     before, after = operation.inputs[0], operation.outputs[0]
     if prod(before) < 1 or min(before + after, default=1) < 1 or prod(before) != prod(after):
         return ()
     axes = []
-    for (i, inner), (j, inner_after), size in _groups(before, after):
-        step = lcm(inner, inner_after)
-        if size > step:
-            spans = {0: Span(i, step // inner)}
-            if len(operation.inputs) > 1:  # view_as: the other tensor gives the shape
-                spans[1] = Span(j, step // inner_after)
-            axes.append(Axis(spans, {0: Span(j, step // inner_after)}))
+    for group in _groups(before, after):
+        for source, result in _cuts(*group):
+            # The other tensor of view_as gives the shape.
+            spans = {0: source, 1: result} if len(operation.inputs) > 1 else {0: source}
+            axes.append(Axis(spans, {0: result}))
     return tuple(axes)
 
 
-Slowest = tuple[int, int]
-"""A group's slowest dim, and the number of elements in each of its positions."""
+Dims = list[tuple[int, int]]
+"""Dims with their lengths, the slowest first."""
 
 
-def _groups(before: Shape, after: Shape) -> list[tuple[Slowest, Slowest, int]]:
-    """Smallest groups of dims that hold the same elements, with their number of elements."""
+def _groups(before: Shape, after: Shape) -> list[tuple[Dims, Dims]]:
+    """Smallest groups of dims that hold the same elements; dims of length 1 are in none."""
     left = [(d, n) for d, n in enumerate(before) if n > 1]
     right = [(d, n) for d, n in enumerate(after) if n > 1]
     groups = []
     while left:
-        (i, n), (j, m) = left.pop(0), right.pop(0)
-        first, first_after = n, m
-        while n != m:
+        ours, theirs = [left.pop(0)], [right.pop(0)]
+        while (n := _size(ours)) != (m := _size(theirs)):
             if n < m:
-                n *= left.pop(0)[1]
+                ours.append(left.pop(0))
             else:
-                m *= right.pop(0)[1]
-        groups.append(((i, n // first), (j, m // first_after), n))
+                theirs.append(right.pop(0))
+        groups.append((ours, theirs))
     return groups
+
+
+def _cuts(ours: Dims, theirs: Dims) -> list[tuple[Span, Span]]:
+    """The spans before and after along which a group can be cut."""
+    size, (i, n), (j, m) = _size(ours), ours[0], theirs[0]
+    step = lcm(size // n, size // m)
+    cuts = [(Span(i, step * n // size), Span(j, step * m // size))] if size > step else []
+    if len(theirs) == 1:
+        cuts += [(Span(d), span) for d, span in _inner(ours, j)]
+    elif len(ours) == 1:
+        cuts += [(span, Span(d)) for d, span in _inner(theirs, i)]
+    return cuts
+
+
+def _inner(dims: Dims, merged: int) -> list[tuple[int, Span]]:
+    """All dims but the slowest, and where their parts lie in the dim ``merged`` of them all."""
+    return [
+        (d, Span(merged, _size(dims[at + 1 :]), _size(dims[:at])))
+        for at, (d, _) in enumerate(dims)
+        if at > 0
+    ]
+
+
+def _size(dims: Dims) -> int:
+    return prod(length for _, length in dims)
 
 
 def squeezed(operation: Operation) -> tuple[Axis, ...]:
@@ -200,8 +223,13 @@ def diagonal(operation: Operation) -> tuple[Axis, ...]:
 def unfolded(operation: Operation) -> tuple[Axis, ...]:
     """Windows along ``dimension``, each in a new last dim."""
     rank = len(operation.inputs[0])
-    labels = whole(range(rank), dims_of(operation.arguments["dimension"], rank))
-    return labelled(operation, {0: labels}, {0: [*labels, None]})
+    (dim,) = dims_of(operation.arguments["dimension"], rank)
+    size, step = operation.arguments["size"], operation.arguments["step"]
+    labels: list[Hashable] = whole(range(rank), [dim])
+    source = list(labels)
+    if size == step:  # side by side
+        labels[dim], source[dim] = dim, Multiple(dim, size)
+    return labelled(operation, {0: source}, {0: [*labels, None]})
 
 
 # Joining and repeating
@@ -343,15 +371,31 @@ def index_put(operation: Operation) -> tuple[Axis, ...]:
 def _index_labels(
     operation: Operation,
 ) -> tuple[Labels, dict[int, Labels], Labels] | None:
-    """Labels of an indexed tensor, of its indices and of what they select; None with masks."""
+    """Labels of an indexed tensor, of its indices and of what they select.
+
+    A mask stands for as many dims as it has; which of their positions it selects, only its values
+    tell, so nothing is known of the dim of places that comes out.
+    """
     refs = as_list(operation.arguments["indices"])
     rank = len(operation.inputs[0])
-    at = [d for d, ref in enumerate(refs) if ref is not None]
-    if not at or any(refs[d].mask for d in at):
+    tensors = [ref for ref in refs if ref is not None]
+    at: list[int] = []
+    dim = 0
+    for ref in refs:
+        count = len(operation.inputs[ref.index]) if ref is not None and ref.mask else 1
+        at += range(dim, dim + count) if ref is not None else ()
+        dim += count
+    if not at:
         return None
-    indices = {refs[d].index: aligned(operation.inputs[refs[d].index]) for d in at}
+    masked = any(ref.mask for ref in tensors)
+    shapes = [(1,) if ref.mask else operation.inputs[ref.index] for ref in tensors]
+    places: Labels = aligned(max(shapes, key=len))
+    indices: dict[int, Labels] = {
+        ref.index: [None] * len(operation.inputs[ref.index]) if masked else aligned(shape)
+        for ref, shape in zip(tensors, shapes, strict=True)
+    }
     rest: list[Hashable] = [d for d in range(rank) if d not in at]
     # They come where the first stood if they stand side by side, otherwise in front.
     place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    places = aligned((1,) * max(len(labels) for labels in indices.values()))
-    return whole(range(rank), at), {**indices}, [*rest[:place], *places, *rest[place:]]
+    come: Labels = [None] * len(places) if masked else places
+    return whole(range(rank), at), indices, [*rest[:place], *come, *rest[place:]]

@@ -5,9 +5,10 @@ its global shape and again at the shape that one rank of a split would see.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-Shape = tuple[int, ...]
+from hairpin.graph.axes import Operation, Shape, composite, operation
+
+__all__ = ["OpCall", "Recording", "Shape", "fake_inputs", "recording"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,7 @@ class OpCall:
             ``"einsum"``, ``"reshape"``, ``"tensor"``, which are kept whole.
         module: path of the innermost module running, ``""`` for the root.
         place: how many stages had begun and how many had ended, set by the planner's hooks.
-        arguments: the call's arguments by schema name, defaults included (of those: by
-            position), each tensor replaced by its ``Shape``.
-        shapes: shapes of all tensor inputs, in order.
-        results: shapes of all tensor outputs.
+        operation: the call as the rules of :mod:`hairpin.graph.axes` see it.
         sources: names of parameters and buffers among the inputs.
         flops: multiply and add operations, 0 where torch knows no formula.
     """
@@ -41,13 +41,10 @@ class OpCall:
     name: str
     module: str
     place: tuple[int, int]
-    arguments: Mapping[str, Any]
-    shapes: tuple[Shape, ...]
-    results: tuple[Shape, ...]
+    operation: Operation
     sources: tuple[str, ...]
     flops: int
     tags: tuple[Any, ...]
-    is_view: bool
 
 
 @dataclass
@@ -90,8 +87,8 @@ class _Recorder(TorchDispatchMode):
             if self.muted:
                 self.muted_flops += flops
             else:
-                arguments = _by_name(func, args, kwargs)
-                self._write(str(func.overloadpacket), arguments, out, flops, func)
+                found = operation(func, args, kwargs, out)
+                self._write(found.name, found, (args, kwargs), flops, tuple(func.tags))
         return out
 
     @contextmanager
@@ -111,26 +108,23 @@ class _Recorder(TorchDispatchMode):
         with self.quietly():
             out = func(*args, **kwargs)
         if not self.muted:
-            arguments = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
-            self._write(name, arguments, out, self.muted_flops - before, None)
+            found = composite(_ATEN.get(name, f"aten.{name}"), args, kwargs, out)
+            self._write(name, found, (args, kwargs), self.muted_flops - before, ())
         return out
 
     def _write(
-        self, name: str, arguments: dict[str, Any], out: Any, flops: int, func: Any | None
+        self, name: str, found: Operation, given: Any, flops: int, tags: tuple[Any, ...]
     ) -> None:
-        inputs = _tensors(arguments)
+        names = (self._names.get(id(tensor)) for tensor in _tensors(given))
         self.recording.calls.append(
             OpCall(
                 name=name,
                 module=self.path[-1],
                 place=self.place,
-                arguments=tree_map_only(Tensor, lambda t: tuple(t.shape), arguments),
-                shapes=tuple(tuple(t.shape) for t in inputs),
-                results=tuple(tuple(t.shape) for t in _tensors(out)),
-                sources=tuple(self._names[id(t)] for t in inputs if id(t) in self._names),
+                operation=found,
+                sources=tuple(name for name in names if name is not None),
                 flops=flops,
-                tags=tuple(func.tags) if func else (),
-                is_view=bool(func and func.is_view),
+                tags=tags,
             )
         )
 
@@ -156,6 +150,9 @@ class _Recorder(TorchDispatchMode):
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
+
+_ATEN = MappingProxyType({"tensor": "aten.lift_fresh"})
+"""What ATen does in the functions that have another name there."""
 
 _RESHAPES = (
     torch.reshape,
@@ -210,14 +207,6 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
         return int(sdpa_flop_count(*(tuple(x.shape) for x in args[:3])))
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
-
-
-def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by schema name with defaults filled in."""
-    schema = func._schema.arguments
-    arguments = {argument.name: argument.default_value for argument in schema}
-    arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
-    return arguments
 
 
 @contextmanager
