@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 # Before torch is first imported: tests fork ranks, and ranks of one thread do not fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test reads or writes the user's own cache; those of the cache name a folder of their own.
+os.environ["HAIRPIN_CACHE"] = "off"
 
 import pytest
 

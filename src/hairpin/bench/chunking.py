@@ -15,6 +15,7 @@ from torch import nn
 import hairpin as hp
 from hairpin.bench.measure import machine
 from hairpin.bench.peers import expert, own_options, training
+from hairpin.bench.planning_time import replans
 from hairpin.bench.steps import (
     Eager,
     Say,
@@ -32,7 +33,7 @@ from hairpin.bench.zoo import Case, select
 from hairpin.errors import HairpinError, MemoryBudgetError
 
 RATIOS = (0.5, 0.3, 0.2)
-PARTS = ("table", "longest", "expert", "training", "estimates", "options")
+PARTS = ("table", "longest", "expert", "training", "estimates", "options", "planning")
 _TWO_GIB = 2 * 2**30
 
 
@@ -84,6 +85,8 @@ def measure(settings: Settings, *, say: Say) -> dict[str, Any]:
         result["estimates"] = [asdict(row) for row in estimates(chosen, say=say)]
     if "options" in settings.parts:
         result["options"] = [asdict(row) for row in own_options(chosen, rounds=rounds, say=say)]
+    if "planning" in settings.parts:
+        result["planning"] = [asdict(row) for row in replans(chosen, say=say)]
     return result
 
 

@@ -110,6 +110,7 @@ def examine_devices() -> Iterator[Finding]:
     import torch
 
     yield Finding("devices", "cpu", True, _describe_cpu(torch.get_num_threads()))
+    yield _speeds()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -134,6 +135,16 @@ def _describe_cpu(threads: int) -> str:
     except (ValueError, OSError, AttributeError):  # not told on this system
         return detail
     return f"{detail}, {format_bytes(memory_bytes)} memory"
+
+
+def _speeds() -> Finding:
+    """What the choice of loops weighs; measured the first time, then read from the cache."""
+    from hairpin.planning.cache import VARIABLE, cache_folder
+    from hairpin.planning.speeds import in_words, speeds_of
+
+    cache = cache_folder()
+    where = f"cache off ({VARIABLE}): fixed speeds" if cache is None else f"in {cache.folder}"
+    return Finding("devices", "speeds", True, f"{in_words(speeds_of())}; {where}")
 
 
 def _mps(*, built: bool, available: bool) -> Finding:

@@ -61,6 +61,9 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan to this TOML file.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Take and keep plans in the cache folder.")
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Choose where to split a model over DEVICES and what to run as loops; needs no devices."""
@@ -85,6 +88,7 @@ def plan(
             memory=memory,
             backward=backward,
             progress=progress if memory is not None else None,
+            cache=cache and picture is None,  # a picture needs the graphs, which no file holds
         )
     if output is not None:
         made.save(output)

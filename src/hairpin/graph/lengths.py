@@ -41,11 +41,15 @@ def compiled(sizes: Sequence[Any]) -> Callable[[Mapping[Any, int]], list[int]]:
         sizes: integers, and symbolic integers of a traced graph.
     """
     expressions = [expression(size) for size in sizes]
-    symbols = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
-    function = sympy.lambdify(symbols, expressions, modules=[_functions(), "math"])
+    distinct = list(dict.fromkeys(expressions))  # most tensors of a graph have few sizes
+    places = {found: place for place, found in enumerate(distinct)}
+    order = [places[found] for found in expressions]
+    symbols = sorted(set().union(*(e.free_symbols for e in distinct)), key=str)
+    function = sympy.lambdify(symbols, distinct, modules=[_functions(), "math"])
 
     def evaluate(lengths: Mapping[Any, int]) -> list[int]:
-        return [int(value) for value in function(*(lengths[symbol] for symbol in symbols))]
+        values = [int(value) for value in function(*(lengths[symbol] for symbol in symbols))]
+        return [values[place] for place in order]
 
     return evaluate
 

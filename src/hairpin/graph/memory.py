@@ -4,6 +4,7 @@ Sizes are those of the example. Views share the storage of what they view, so a 
 costs nothing; storages of inputs and parameters are not counted, they were there before.
 """
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Step:
         work: bytes that it takes for itself while it runs.
         takes_over: the step whose storage it may write its result into: that dies here.
         extra: bytes that a block inside it holds while it runs, its results included.
+        growth: how many times as large its result is as in the example.
     """
 
     index: int
@@ -53,6 +55,13 @@ class Step:
     work: int = 0
     takes_over: fx.Node | None = None
     extra: int = 0
+    growth: float = 1.0
+
+    def resized(self, now: int, then: int) -> "Step":
+        """The same step where the storage of its first result has ``now`` bytes, not ``then``."""
+        growth = now / then if then else 1.0
+        nbytes, work = now if self.nbytes else 0, math.ceil(self.work * growth)
+        return replace(self, nbytes=nbytes, work=work, growth=growth)
 
 
 @dataclass(eq=False)
@@ -91,20 +100,24 @@ class Flow:
 
     @cached_property
     def _sizes_at(self) -> Any:
-        """Storage bytes of every step as a function of the lengths."""
-        sizes: list[Any] = []
-        for step in self.steps:
-            value = step.node.meta["val"]
-            made = step.nbytes and isinstance(value, Tensor)
-            sizes.append(value.untyped_storage().nbytes() if made else 0)
-        return compiled(sizes)
+        """Storage bytes of every step's first result as a function of the lengths."""
+        return compiled(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[Any]:
+        asked = [step.nbytes or step.work for step in self.steps]
+        values = [tensors(step.node.meta["val"])[0] for step in self.steps]
+        return [
+            v.untyped_storage().nbytes() if a else 0 for a, v in zip(asked, values, strict=True)
+        ]
 
     def at(self, lengths: Mapping[Any, int]) -> "Flow":
-        """The same steps at other lengths; their axes keep the units of the example."""
-        steps = tuple(
-            replace(step, nbytes=nbytes)
-            for step, nbytes in zip(self.steps, self._sizes_at(lengths), strict=True)
-        )
+        """The same steps at other lengths; their axes keep the units of the example.
+
+        What a step takes for itself is not weighed again: it is taken to grow as its result does.
+        """
+        sizes = zip(self.steps, self._sizes_at(lengths), hints(self._sizes), strict=True)
+        steps = tuple(step.resized(now, then) for step, now, then in sizes)
         return Flow(self.graph, steps, self.index, self.storage_end, self.scale)
 
     def with_extra(self, extra: Mapping[fx.Node, int]) -> "Flow":

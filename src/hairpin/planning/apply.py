@@ -233,7 +233,13 @@ def parallelize(
             f"{mesh.size(plan.axis)} there; plan again for this mesh"
         )
     mesh.group(plan.axis)
-    attach_loops(model, plan.loops, plan.programs, compile_bodies=compile_bodies)
+    attach_loops(
+        model,
+        plan.loops,
+        plan.programs,
+        compile_bodies=compile_bodies,
+        drop=None if plan.origin is None else plan.origin.drop,
+    )
     attachment = Attachment(plan, LiveMover(mesh, plan.axis), other_lengths)
     if plan.stages:
         attach(model, attachment)

@@ -14,10 +14,10 @@ from torch import nn
 from hairpin.errors import MemoryBudgetError
 from hairpin.graph.meter import Held
 from hairpin.planning.blocks import Group
-from hairpin.planning.choose import Speeds
 from hairpin.planning.example import Example
 from hairpin.planning.graphs import Graphs, Progress, block_steps
 from hairpin.planning.program import Program, Search, make_program
+from hairpin.planning.speeds import Speeds
 from hairpin.planning.stamp import stamp
 from hairpin.units import format_bytes
 

@@ -18,9 +18,9 @@ from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.meter import Timeline, measure
 from hairpin.planning.blocks import Group, overview
 from hairpin.planning.budget import Fitted, Progress
-from hairpin.planning.choose import Speeds
 from hairpin.planning.example import Example, plainly
 from hairpin.planning.program import Program, Search
+from hairpin.planning.speeds import Speeds
 from hairpin.planning.stamp import stamp
 from hairpin.planning.training import make_training_program
 from hairpin.units import format_bytes

@@ -9,26 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hairpin.graph.memory import Flow
-from hairpin.planning.regions import Candidate
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a turn of a loop costs on this machine, besides the work itself.
-
-    Attributes:
-        step_s: starting one operation.
-        turn_s: one turn of a loop, without its operations.
-        bytes_per_s: copying.
-        flops_per_s: products of large matrices.
-        rows: of a product at which half of that speed is reached.
-    """
-
-    step_s: float = 5e-6
-    turn_s: float = 2e-5
-    bytes_per_s: float = 6e9
-    flops_per_s: float = 5e10
-    rows: float = 6.0
+from hairpin.planning.regions import CACHED_BYTES, FRESH_BYTES, Candidate
+from hairpin.planning.speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -54,17 +36,53 @@ def largest_chunk(candidate: Candidate, budget_bytes: int) -> int:
     return chunk
 
 
+def best_chunk(candidate: Candidate, budget_bytes: int, speeds: Speeds) -> int:
+    """The fastest chunk under the budget that makes equal turns; 0 where even one unit is too many.
+
+    The largest is not always the fastest: a smaller turn's results may stay in the cache.
+    """
+    most = largest_chunk(candidate, budget_bytes)
+    if not most:
+        return 0
+    units = candidate.units
+    moments = [(own, unit) for own, unit in candidate.moments if unit > 0]
+    cached = min((int((CACHED_BYTES - own) / unit) for own, unit in moments), default=0)
+    kept = -(-FRESH_BYTES * units // max(candidate.largest_bytes, 1)) - 1
+    limits = [most, *(limit for limit in (cached, kept) if 0 < limit < most)]
+    chunks = dict.fromkeys(-(-units // -(-units // limit)) for limit in limits)
+    return min(chunks, key=lambda chunk: cost_s(candidate, chunk, speeds))
+
+
 def cost_s(candidate: Candidate, chunk: int, speeds: Speeds) -> float:
-    """Seconds that the loop takes beyond what its steps take without it."""
-    turns = -(-candidate.units // chunk)
-    rows = candidate.rows * chunk
-    products = candidate.product_flops / speeds.flops_per_s
-    slower = products * speeds.rows / rows if rows != float("inf") else 0.0
-    moved = candidate.copied_bytes * 2 + candidate.repeated_bytes * 2
-    again = (turns - 1) * (
-        speeds.turn_s + candidate.steps * speeds.step_s
-    ) + turns * candidate.reread_bytes / (speeds.bytes_per_s * 4)
-    return again + slower + moved / speeds.bytes_per_s + speeds.turn_s
+    """Seconds that the loop takes beyond what its steps take without it; less than 0 if it gains.
+
+    Turns cost their operations' starts and the parts cut and put together; products get thinner;
+    what every turn reads whole is read again; results become small enough to stay in the cache.
+    """
+    found = candidate
+    turns = -(-found.units // chunk)
+    starts = (turns - 1) * found.steps * speeds.step_s + turns * speeds.turn_s
+    thinner = found.thin_flops / chunk * speeds.rows / speeds.flops_per_s
+    again = (turns - 1) * found.reread_bytes / speeds.cached_bytes_per_s
+    moved = (found.copied_bytes + found.repeated_bytes) / speeds.bytes_per_s
+    return starts + thinner + again + moved - gain_s(found, chunk, speeds)
+
+
+def gain_s(candidate: Candidate, chunk: int, speeds: Speeds) -> float:
+    """Seconds saved since the results of a turn are smaller than the whole ones.
+
+    Of what staying in the cache saves only half counts: much of a step's time is not writing.
+    """
+    if chunk >= candidate.units:
+        return 0.0
+    plain, fresh = candidate.made_bytes
+    memory_s, cached_s = 1 / speeds.bytes_per_s, 1 / speeds.cached_bytes_per_s
+    gain = 0.0
+    if candidate.largest_bytes * chunk < FRESH_BYTES * candidate.units:
+        gain += fresh * (1 / speeds.fresh_bytes_per_s - memory_s)
+    if candidate.turn(chunk) <= CACHED_BYTES:
+        gain += (plain + fresh) * (memory_s - cached_s) / 2
+    return gain
 
 
 def floor_bytes(candidate: Candidate) -> int:
@@ -85,7 +103,7 @@ def cheapest(
     }
     by_start: dict[int, list[Choice]] = {}
     for candidate in found:
-        chunk = largest_chunk(candidate, budget_bytes)
+        chunk = best_chunk(candidate, budget_bytes, speeds)
         if chunk:
             choice = Choice(candidate, chunk, cost_s(candidate, chunk, speeds))
             by_start.setdefault(candidate.start, []).append(choice)

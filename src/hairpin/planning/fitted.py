@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,11 +19,11 @@ from hairpin.planning.attachment import Attachment
 from hairpin.planning.blocks import overview
 from hairpin.planning.budget import Fitted, Progress, fit
 from hairpin.planning.budget_training import fit_training
-from hairpin.planning.choose import Speeds
 from hairpin.planning.example import Example, as_example, plainly
 from hairpin.planning.loops import block_loops
 from hairpin.planning.plan import Plan, fingerprint
 from hairpin.planning.rehearse import RehearsalMover
+from hairpin.planning.speeds import Speeds, speeds_of
 
 
 def plan_loops(
@@ -39,11 +40,12 @@ def plan_loops(
     Raises:
         MemoryBudgetError: the budget cannot be met.
     """
+    speeds = speeds_of(_device(model))
     if backward:
         say = progress or (lambda _: None)
-        fitted = fit_training(model, example, budget_bytes, speeds=Speeds(), progress=say)
+        fitted = fit_training(model, example, budget_bytes, speeds=speeds, progress=say)
     else:
-        fitted = fit(model, example, budget_bytes, progress=progress)
+        fitted = fit(model, example, budget_bytes, speeds=speeds, progress=progress)
     base = Plan(
         model=type(model).__name__,
         fingerprint=fingerprint(model),
@@ -71,6 +73,8 @@ def with_loops(
 ) -> Plan:
     """A split plan whose stages run as loops where one rank's share is over the budget.
 
+    Every rank must come to the same plan, so that the choice weighs the fixed speeds.
+
     The rank with the largest parts is planned for; on others the same loops take larger chunks.
 
     Raises:
@@ -81,9 +85,10 @@ def with_loops(
             "a budget for forward and backward beside a split is not built yet; plan the split "
             "without memory=, or the loops without a mesh"
         )
+    speeds = Speeds() if plan.degree > 1 else speeds_of(_device(model))
     if backward:
         say = progress or (lambda _: None)
-        fitted = fit_training(model, example, budget_bytes, speeds=Speeds(), progress=say)
+        fitted = fit_training(model, example, budget_bytes, speeds=speeds, progress=say)
         return _with(plan, fitted, fitted.whole_peak_bytes)
     if plan.peak_bytes <= budget_bytes:
         return replace(plan, memory_bytes=budget_bytes)
@@ -92,11 +97,18 @@ def with_loops(
         model,
         example,
         budget_bytes,
+        speeds=speeds,
         progress=progress,
         blocks=stages if plan.degree > 1 else None,
         attached=lambda: _as_rank(model, plan) if plan.degree > 1 else nullcontext(),
     )
     return _with(plan, fitted, plan.whole_peak_bytes)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where it will run: where its parameters lie; a CPU where that is nowhere."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def estimate(model: nn.Module, inputs: Any, *, backward: bool = False) -> int:

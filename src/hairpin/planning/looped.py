@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from hairpin.errors import PlanError, TraceError
 from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.leaf import Call
 from hairpin.planning.budget import fit
-from hairpin.planning.choose import Speeds
 from hairpin.planning.example import Example
 from hairpin.planning.graphs import Graphs
 from hairpin.planning.loops import BlockLoops
@@ -98,11 +97,23 @@ class Shared:
 
     Attributes:
         others: for what lies around blocks: theirs, by path; their graphs depend on each other.
+
+
+    Args:
+        drop: takes their plan out of the cache, should the loops be for another graph.
     """
 
-    def __init__(self, loops: BlockLoops, first: Program | None, *, compile_bodies: bool) -> None:
+    def __init__(
+        self,
+        loops: BlockLoops,
+        first: Program | None,
+        *,
+        compile_bodies: bool,
+        drop: Callable[[], None] | None = None,
+    ) -> None:
         self.loops = loops
         self.others: dict[str, Shared] = {}
+        self.drop = drop
         self.programs: list[Program] = []
         self.compile_bodies = compile_bodies
         if first is not None:
@@ -154,22 +165,31 @@ class Shared:
         with _bare(block):
             traced = trace(block, *tree_map_only(FakeTensor, filled, call))
         if not self.programs:
-            made = program_of(traced, self.loops)
+            made = self._restored(traced)
         else:
             first = self.programs[0]
             flat = traced.flat_inputs(block, type(block).forward.__get__(block), *call)
             _log.info("planning the loops of %s again: %s", traced.name, reason)
-            made = make_program(Search.of(traced), first.budget_bytes, flat, Speeds())
+            made = make_program(Search.of(traced), first.budget_bytes, flat, first.speeds)
             made.entry_bytes = first.entry_bytes
         self._add(made)
         return made
+
+    def _restored(self, traced: Traced) -> Program:
+        try:
+            return program_of(traced, self.loops)
+        except PlanError:
+            if self.drop is not None:
+                self.drop()  # else the next plan would be this one again
+            raise
 
     def _traced_whole(self, model: nn.Module, call: Example, reason: str) -> Program:
         """The programs of a model and its blocks, as the model is called now."""
         if self.programs:
             _log.info("planning the loops of %s again: %s", type(model).__name__, reason)
             with _bare(model):
-                fitted = fit(model, call, self.loops.budget_bytes)
+                speeds = self.programs[0].speeds
+                fitted = fit(model, call, self.loops.budget_bytes, speeds=speeds)
             programs = fitted.programs
             if "" not in programs:
                 raise PlanError(f"this {type(model).__name__} is called otherwise: {reason}")
@@ -180,9 +200,9 @@ class Shared:
                 graphs.look_around()
             if graphs.around is None:
                 raise PlanError(f"{type(model).__name__} cannot be traced: {graphs.left['']}")
-            programs = {"": program_of(graphs.around, self.loops)}
+            programs = {"": self._restored(graphs.around)}
             for path, shared in self.others.items():
-                programs[path] = program_of(graphs.traced[path], shared.loops)
+                programs[path] = shared._restored(graphs.traced[path])
         for path, shared in self.others.items():
             if path in programs:
                 shared._add(programs[path])
@@ -225,8 +245,12 @@ def attach_loops(
     programs: Mapping[str, Program],
     *,
     compile_bodies: bool = False,
+    drop: Callable[[], None] | None = None,
 ) -> None:
     """Give every planned block its loops.
+
+    Args:
+        drop: takes a plan that turns out to be stale out of the cache.
 
     Raises:
         PlanError: the model lacks a block, or its forward is replaced already.
@@ -250,7 +274,7 @@ def attach_loops(
         for path, known in (program.stamps if program is not None else {}).items():
             if stamp(modules[path]) != known:
                 raise PlanError(_changed(loops.block))
-        shared = Shared(loops, program, compile_bodies=compile_bodies)
+        shared = Shared(loops, program, compile_bodies=compile_bodies, drop=drop)
         everything[loops.modules[0]] = shared
         for path in loops.modules:
             block = modules[path]

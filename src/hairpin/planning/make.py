@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -31,6 +32,7 @@ from hairpin.planning.plan import (
     fingerprint,
 )
 from hairpin.planning.rehearse import Run, StageCall, rehearse
+from hairpin.planning.remembered import remembered
 from hairpin.planning.seam import Attends, Seam, Table, match_table
 from hairpin.planning.shard import Cost, cheapest_path
 from hairpin.units import parse_bytes
@@ -59,6 +61,7 @@ def plan(
     memory: int | str | None = None,
     backward: bool = False,
     progress: Progress | None = None,
+    cache: bool = True,
 ) -> Plan:
     """Find where to split a model over one mesh axis, on shapes alone: needs no devices.
 
@@ -89,6 +92,8 @@ def plan(
             a forward allocates, its outputs included, parameters and inputs not.
         backward: whether the budget is for a forward and a backward; gradients count then.
         progress: called with a few words as the search for loops goes on.
+        cache: whether a plan with a budget may come from the cache folder, and is kept there. One
+            is found again only for the same code, settings, shapes, example and versions.
 
     Raises:
         PlanError: the table or the example is wrong, or there is no way to split.
@@ -99,38 +104,71 @@ def plan(
     """
     require_bare(model)
     budget_bytes = None if memory is None else parse_bytes(memory)
-    if mesh is None:
-        if budget_bytes is None:
-            raise PlanError(
-                "there is nothing to plan for: give a mesh to split over, such as hp.Mesh(sp=4), "
-                "or a budget, such as memory='2GiB', or both"
-            )
+    if mesh is None and budget_bytes is None:
+        raise PlanError(
+            "there is nothing to plan for: give a mesh to split over, such as hp.Mesh(sp=4), "
+            "or a budget, such as memory='2GiB', or both"
+        )
+    ranks = None if mesh is None else as_mesh(mesh).size(axis)
+    how = _How(attends, dims, tuple(free_dims), axis, costs, output_grad, tuple(more_examples))
+    make = partial(_made, model, example, ranks, how, budget_bytes, backward, progress)
+    if budget_bytes is None or not cache:
+        return make()
+    asked = (as_example(example), ranks, how, budget_bytes, backward)
+    return remembered(make, model, *asked, say=progress or (lambda _: None))
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a caller of :func:`plan` may say about a split."""
+
+    attends: Attends | None
+    dims: str | None
+    free_dims: tuple[str, ...]
+    axis: str
+    costs: Costs | None
+    output_grad: OutputGrad
+    more_examples: tuple[Any, ...]
+
+
+def _made(  # noqa: PLR0917 - called with all of them, by plan alone
+    model: nn.Module,
+    example: Any,
+    ranks: int | None,
+    how: _How,
+    budget_bytes: int | None,
+    backward: bool,  # noqa: FBT001
+    progress: Progress | None,
+) -> Plan:
+    """The plan, worked out."""
+    if ranks is None:
+        assert budget_bytes is not None
         return plan_loops(
             model,
             as_example(example),
             budget_bytes,
-            axis=axis,
+            axis=how.axis,
             backward=backward,
             progress=progress,
         )
-    ranks = as_mesh(mesh).size(axis)
+    attends = how.attends
     if attends is None:
         attends = derive_attends(model, example, ranks=ranks)
-    table = match_table(model, attends, dims)
-    cases = [_Case.of(model, table, given) for given in (example, *more_examples)]
+    table = match_table(model, attends, how.dims)
+    cases = [_Case.of(model, table, given) for given in (example, *how.more_examples)]
     whole = cases[0].whole
     chain = _Chain.of(
         table,
         cases[0],
-        axis=axis,
+        axis=how.axis,
         ranks=ranks,
-        costs=costs or Costs(),
-        free_dims=tuple(free_dims),
+        costs=how.costs or Costs(),
+        free_dims=how.free_dims,
     )
     base = Plan(
         model=type(model).__name__,
         fingerprint=fingerprint(model),
-        axis=axis,
+        axis=how.axis,
         degree=ranks,
         sizes=chain.sizes,
         lengths=(),
@@ -139,7 +177,7 @@ def plan(
         training=model.training,
         draws=any(torch.Tag.nondeterministic_seeded in op.tags for op in whole.ops(model)),
         stages=(),
-        output_grad=output_grad,
+        output_grad=how.output_grad,
         peak_bytes=whole.recording.peak_bytes,
         whole_peak_bytes=whole.recording.peak_bytes,
     )

@@ -127,6 +127,7 @@ class Plan:
         loops: of each distinct block that has any.
         left: modules that were left as they are although they hold much, with the reason.
         programs: the loops ready to run; only in the plan that was just made, not in files.
+        origin: of a plan from the cache: how to take it out, and how to make it anew.
     """
 
     model: str
@@ -151,6 +152,7 @@ class Plan:
     loops: tuple[BlockLoops, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     programs: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    origin: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = {"model": str, "fingerprint": str, "axis": str, "degree": int, "training": bool}
@@ -231,15 +233,20 @@ class Plan:
     def code(self) -> str:
         """The graphs with their loops as Python, for people to read.
 
+        A plan from the cache holds none either, and is worked out again for them.
+
         Raises:
             PlanError: there are no loops, or the plan comes from a file, which holds no graphs.
         """
-        if not self.programs:
+        programs = self.programs
+        if not programs and self.loops and self.origin is not None:
+            programs = self.origin.again().programs
+        if not programs:
             raise PlanError(
                 "this plan has no graphs to show: it has no loops, or it was read from a file; "
                 "make it again with hp.plan"
             )
-        parts = [f"# {names_of(b)}\n{self.programs[b.modules[0]].code()}" for b in self.loops]
+        parts = [f"# {names_of(b)}\n{programs[b.modules[0]].code()}" for b in self.loops]
         return "\n".join(parts)
 
     def to_toml(self) -> str:
@@ -340,8 +347,8 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _data(plan: Plan) -> dict[str, Any]:
     """All that a plan says, as dicts."""
-    data = asdict(replace(plan, programs={}))
-    del data["programs"]
+    data = asdict(replace(plan, programs={}, origin=None))
+    del data["programs"], data["origin"]
     return data
 
 

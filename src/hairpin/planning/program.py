@@ -1,7 +1,7 @@
 """One block's graph with loops, and the chunk sizes that keep it under a budget at any lengths."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,19 +17,13 @@ from hairpin.graph.leaf import BlockCall, state
 from hairpin.graph.lengths import compiled, hint
 from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
-from hairpin.planning.choose import (
-    Bottleneck,
-    Choice,
-    Speeds,
-    bottleneck,
-    cheapest,
-    largest_chunk,
-)
+from hairpin.planning.choose import Bottleneck, Choice, best_chunk, bottleneck, cheapest
 from hairpin.planning.emit import EmissionError, Emitted, Region, emit
 from hairpin.planning.loop import Loop
 from hairpin.planning.regions import (
     Candidate,
     Seed,
+    Walk,
     boundaries,
     candidates,
     seed_length,
@@ -37,6 +31,7 @@ from hairpin.planning.regions import (
     walk,
 )
 from hairpin.planning.rewrite import Reorder, rewritten
+from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
 _TRIES = 8  # certificates asked for before a budget counts as out of reach
@@ -145,6 +140,7 @@ class Program:
         entry_bytes: of the model's budget, already alive when the block begins; with other lengths
             taken to grow as the block's inputs do.
         stamps: path of each block of this kind -> its settings when it was planned.
+        speeds: of the machine, which the choice of loops and chunks weighed.
     """
 
     search: Search
@@ -158,6 +154,7 @@ class Program:
     backward: bool = False
     entry_bytes: int = 0
     stamps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    speeds: Speeds = field(default_factory=Speeds)
     _others: dict[tuple[int, ...], "Program"] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> "Program":
@@ -255,7 +252,7 @@ class Program:
                 if peak <= room:
                     return replace(self, chunks=chunks, peak_bytes=peak)
                 margin += peak - room
-        made = make_program(Search.at(self.traced, flat), room, flat, Speeds())
+        made = make_program(Search.at(self.traced, flat), room, flat, self.speeds)
         return replace(made, backward=self.backward, entry_bytes=self.entry_bytes)
 
     def _is_example(self, lengths: Mapping[Any, int]) -> bool:
@@ -278,15 +275,29 @@ class Program:
         flow = self.search.flow.at(lengths)
         inside: set[int] = set()
         found = []
-        for choice, length in zip(self.choices, self._units(lengths), strict=True):
-            chunk = largest_chunk(sized_at(flow, choice.candidate, length), room)
+        for candidate in self._sized(flow, lengths):
+            chunk = best_chunk(candidate, room, self.speeds)
             if not chunk:
                 return None
             found.append(chunk)
-            inside.update(range(choice.candidate.start, choice.candidate.end))
+            inside.update(range(candidate.start, candidate.end))
         if any(flow.during(step) > room for step in flow.steps if step.index not in inside):
             return None
         return tuple(found)
+
+    def _sized(self, flow: Flow, lengths: Mapping[Any, int]) -> Iterator[Candidate]:
+        """The regions with what they hold at other lengths, that ``flow`` has too."""
+        for state_, choice, length in zip(
+            self._walks, self.choices, self._units(lengths), strict=True
+        ):
+            here = replace(state_, flow=flow, length=length)
+            yield from sized(here, [choice.candidate.start])
+
+    @cached_property
+    def _walks(self) -> list[Walk]:
+        """Of each region: where its steps run does not depend on lengths."""
+        found = (choice.candidate for choice in self.choices)
+        return [walk(self.search.flow, c.end, c.seed) for c in found]
 
     @cached_property
     def _input_bytes(self) -> Callable[[Mapping[Any, int]], list[int]]:
@@ -366,6 +377,7 @@ def _program(
                 margin,
                 certificate.peak_bytes,
                 certificate,
+                speeds=speeds,
             )
         least = min(least or certificate.peak_bytes, certificate.peak_bytes)
         for label, over in _over(certificate, budget_bytes).items():
@@ -402,18 +414,6 @@ def _readable(module: fx.GraphModule) -> str:
     """The code of a graph without the lines that only release values."""
     lines = [line.partition(";  ")[0].rstrip() for line in module.code.splitlines()]
     return "\n".join(line.replace("torch.ops.aten.", "aten.") for line in lines if line) + "\n"
-
-
-def sized_at(flow: Flow, candidate: Candidate, length: int | None) -> Candidate:
-    """A region with what it holds at other lengths.
-
-    Args:
-        length: of the dim that it cuts; None where the flow knows.
-    """
-    state_ = walk(flow, candidate.end, candidate.seed)
-    state_.length = length
-    (found,) = sized(state_, [candidate.start])
-    return found
 
 
 def concrete(graph: fx.Graph, flat: Sequence[Any]) -> fx.Graph:

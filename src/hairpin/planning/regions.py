@@ -6,6 +6,7 @@ loop (all its readers want the same part of it), or ahead of it (someone needs i
 cannot be cut). Every region found so is right; memory and time decide which is worth having.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from torch import fx
 
 from hairpin.graph.axes import Axis, Span
 from hairpin.graph.memory import Flow, Step, may_alias
+
+CACHED_BYTES = 2 * 2**20  # what a turn holds below this is still in the cache when it is read
+FRESH_BYTES = 32 * 2**20  # storages from this size on: the C library gives them back each time
 
 Status = Literal["loop", "ahead", "both", "after", "unused"]
 
@@ -42,8 +46,12 @@ class Candidate:
         reread_bytes: read whole in every turn: weights, keys and values.
         repeated_bytes: of the steps computed both ahead and inside.
         copied_bytes: of outputs that are written part by part.
-        rows: rows of the products inside the loop at chunk size 1, the fewest.
-        product_flops: multiplications and additions of the products inside the loop.
+        thin_flops: multiplications and additions of the products that the loop makes thinner, each
+            over the rows (or columns) that it has at chunk size 1.
+        product_flops: those of all products inside the loop.
+        made_bytes: of the storages that the loop makes, as they are without it: those too large for
+            the cache, and those that the system hands out anew each time.
+        largest_bytes: of one of them.
         kept_bytes: what training keeps of the region until the backward: its outputs and all that
             the steps ahead of the loop made.
         turn_bytes: everything that a turn makes, per unit: what its backward needs at once.
@@ -61,8 +69,10 @@ class Candidate:
     reread_bytes: int
     repeated_bytes: int
     copied_bytes: int
-    rows: float
+    thin_flops: float
     product_flops: float
+    made_bytes: tuple[int, int]
+    largest_bytes: int
     kept_bytes: int
     turn_bytes: float
 
@@ -101,11 +111,16 @@ class Walk:
     @property
     def units(self) -> int:
         """Turns at chunk size 1."""
+        if self.length is None:
+            return self.example_units
+        axis = self.flow.steps[self.seed.step].axes[self.seed.axis]
+        return self.length // axis_span(axis).unit // self.seed.scale
+
+    @property
+    def example_units(self) -> int:
+        """The same at the example's lengths."""
         step = self.flow.steps[self.seed.step]
-        axis = step.axes[self.seed.axis]
-        if self.length is not None:
-            return self.length // axis_span(axis).unit // self.seed.scale
-        return axis_length(step, axis) // self.seed.scale
+        return axis_length(step, step.axes[self.seed.axis]) // self.seed.scale
 
 
 def axis_span(axis: Axis) -> Span:
@@ -369,8 +384,10 @@ class _Sizes:
         self.out_bytes = 0
         self.copied = 0
         self.repeated = 0
-        self.rows = float("inf")
+        self.thin = 0.0
         self.flops = 0.0
+        self.made = [0, 0]
+        self.largest = 0
         self.in_window: set[fx.Node] = set()
         self.outs: list[Step] = []
         self.reread: dict[fx.Node, int] = {}
@@ -429,6 +446,7 @@ class _Sizes:
             summed = state.sums and index == state.seed.step
             share = float(step.nbytes) if summed else step.nbytes / units
             self.turn_bytes += share
+            self._note_made(step.nbytes)
             last = max(self.last_loop.get(step.node, index), index)
             first = index + 1 if self._takes_over(step) else index
             for time in range(first, last + 1):
@@ -439,11 +457,38 @@ class _Sizes:
             work = flops(step)
             if work:
                 self.flops += work
-                rows = _rows(operation) / units
-                self.rows = min(self.rows, rows)
+                self.thin += work / self._breadth(step)
         for source in step.inputs:
             if source in state.whole_in_loop:
                 self.reread[source] = _node_bytes(source)
+
+    def _note_made(self, nbytes: int) -> None:
+        if nbytes > CACHED_BYTES:
+            self.made[nbytes >= FRESH_BYTES] += nbytes
+        self.largest = max(self.largest, nbytes)
+
+    def _breadth(self, step: Step) -> float:
+        """Rows or columns of a product at chunk size 1, whichever the loop cuts; inf for neither.
+
+        A batched product has those of its matrices, any other all of its output but the columns.
+        """
+        operation = step.operation
+        assert operation is not None
+        number, _ = self.state.demands[step.index]
+        span = step.axes[number].outputs.get(0)
+        shape = operation.outputs[0]
+        is_conv = "conv" in operation.name
+        columns = 1 if is_conv else len(shape) - 1
+        batched = not is_conv and (
+            "scaled_dot_product" in operation.name
+            or len(operation.inputs[_PRODUCTS.get(operation.name, 0) + 1]) > 2
+        )
+        if span is None or (batched and span.dim < len(shape) - 2):
+            return float("inf")
+        if span.dim == columns:
+            return shape[columns] / self.state.units
+        rows = shape[-2] if batched else math.prod(shape) / shape[columns]
+        return rows / self.state.units
 
     def _takes_over(self, step: Step) -> bool:
         """Whether its result goes into the storage of an operand that the loop made."""
@@ -453,19 +498,23 @@ class _Sizes:
         return self.state.status.get(self.state.flow.index[source]) in ("loop", "both")
 
     def _add_work(self, step: Step) -> None:
-        """What a step takes for itself in a turn: what grows with the chunk, and the rest."""
+        """What a step takes for itself in a turn: what grows with the chunk, and the rest.
+
+        Weighed at the example's lengths; at others both are taken to grow as a unit's result does.
+        """
         state = self.state
         number, scale = state.demands[step.index]
         spans = {
             place: Span(span.dim, span.unit * scale)
             for place, span in step.axes[number].inputs.items()
         }
-        units = state.units
+        units = state.example_units
         half = max(units // 2, 1)
         least, most = (state.flow.scale.part(step, spans, n) for n in (1, half))
         slope = (most - least) / (half - 1) if half > 1 else float(most)
-        self.own_profile[step.index] += max(round(least - slope), 0)
-        self.loop_profile[step.index] += slope
+        growth = step.growth * units / state.units
+        self.own_profile[step.index] += max(round((least - slope) * growth), 0)
+        self.loop_profile[step.index] += slope * growth
 
     def candidate(self, start: int) -> Candidate | None:
         state = self.state
@@ -489,8 +538,10 @@ class _Sizes:
             reread_bytes=sum(self.reread.values()),
             repeated_bytes=self.repeated,
             copied_bytes=self.copied,
-            rows=self.rows,
+            thin_flops=self.thin,
             product_flops=self.flops,
+            made_bytes=(self.made[0], self.made[1]),
+            largest_bytes=self.largest,
             kept_bytes=self.made_ahead + self.out_bytes,
             turn_bytes=self.turn_bytes,
         )
@@ -609,12 +660,3 @@ _PRODUCTS = {
     "aten.addmm": 1,
     "aten.baddbmm": 1,
 }
-
-
-def _rows(operation: "object") -> float:
-    """Rows of a product: all of its output but the last dim."""
-    outputs = operation.outputs  # type: ignore[attr-defined]
-    rows = 1.0
-    for length in outputs[0][:-1]:
-        rows *= length
-    return rows

@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 from hairpin.errors import MemoryBudgetError, TraceError
 from hairpin.graph.memory import Flow, Step
 from hairpin.graph.meter import Meter, Timeline, fake_inputs, measure
-from hairpin.planning.choose import Choice, Speeds
+from hairpin.planning.choose import Choice
 from hairpin.planning.emit import EmissionError, Emitted, emit
 from hairpin.planning.loop import Loop
-from hairpin.planning.program import Program, Search, region_of, sized_at
+from hairpin.planning.program import Program, Search, region_of
 from hairpin.planning.regions import Candidate, Walk, walk
+from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
 _PRICES_S_PER_BYTE = tuple(10.0 ** (-13 + place / 4) for place in range(29))
@@ -74,9 +75,8 @@ class TrainingProgram(Program):
         growth = _all_bytes(flow) / max(_all_bytes(self.search.flow), 1)
         room = self.room(lengths) - margin_bytes
         found = []
-        laws = zip(self.choices, self._units(lengths), self.loop_peaks, strict=True)
-        for choice, length, (base, slope) in laws:
-            now = sized_at(flow, choice.candidate, length)
+        laws = zip(self.choices, self._sized(flow, lengths), self.loop_peaks, strict=True)
+        for choice, now, (base, slope) in laws:
             unit = slope * now.turn_bytes / max(choice.candidate.turn_bytes, 1.0)
             chunk = int((room - base * growth) / unit) if unit else now.units
             if chunk < 1 or base * growth > room:
@@ -96,7 +96,7 @@ class TrainingProgram(Program):
                 return replace(self, chunks=chunks, peak_bytes=peak, kept=found.kept)
             margin += peak - room
         search = Search.at(self.traced, flat)
-        made = make_training_program(search, room, flat, Speeds())
+        made = make_training_program(search, room, flat, self.speeds)
         return replace(made, entry_bytes=self.entry_bytes)
 
 
@@ -126,7 +126,7 @@ def make_training_program(
     """
     require_trainable(search)
     paths = _Paths(search, flat, budget_bytes, speeds)
-    return _Fit(search, paths, budget_bytes, flat).run(tries)
+    return replace(_Fit(search, paths, budget_bytes, flat).run(tries), speeds=speeds)
 
 
 def require_trainable(search: Search) -> None:
@@ -280,9 +280,8 @@ class _Paths:
         speeds = self.speeds
         turns = -(-c.units // chunk)
         made = c.turn_bytes * c.units
-        rows = c.rows * chunk
         again = c.product_flops / speeds.flops_per_s
-        slower = 4 * again * speeds.rows / rows if rows != float("inf") else 0.0
+        slower = 4 * c.thin_flops / chunk * speeds.rows / speeds.flops_per_s
         moved = (made + 2 * c.copied_bytes + c.repeated_bytes) / speeds.bytes_per_s
         each = speeds.turn_s * 4 + c.steps * speeds.step_s * 5
         weights = turns * c.reread_bytes * 3 / (speeds.bytes_per_s * 2)
