@@ -1,4 +1,4 @@
-"""Live bytes from the graph alone against the profiler, and at other lengths against a new trace."""  # noqa: E501
+"""Live bytes from the graph alone against the profiler, and at other lengths against a trace."""
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ FUNCTIONS = {
     "parts": lambda x: torch.cat([part.exp() for part in x.split(4, 2)], 2),
     "softmax": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
     "largest": lambda x: x.exp().topk(3, 1)[0].tanh(),
+    "the other result": lambda x: x.exp().topk(3, 1)[1] + 1,
+    "both results": lambda x: (lambda r: r[0] * r[1])(x.exp().topk(3, 1)),  # noqa: PLC3002
+    "views of several": lambda x: x.exp().chunk(2, 1)[0].tanh(),
     "same output twice": lambda x: (lambda y: (y, y, y.view(-1)))(x.exp()),  # noqa: PLC3002
 }
 
@@ -37,18 +40,7 @@ def measured(traced, x):
         return peak_cpu_bytes(lambda: module(x))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            n,
-            marks=[pytest.mark.xfail(strict=True, reason="unread results (B20)")]
-            if n == "largest"
-            else [],
-        )
-        for n in FUNCTIONS
-    ],
-)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_peak_of_a_graph_is_the_profilers(name):
     """But for the bytes of numbers, which operations wrap in tensors of 8, and for kernels' own."""
     x = torch.randn(3, 11, 8, dtype=WIDE)

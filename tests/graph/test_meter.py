@@ -306,3 +306,22 @@ def test_real_tensors_are_counted_too():
         y.t().contiguous()
     assert meter.peak_bytes == 2 * BYTES
     assert meter.live_bytes == BYTES
+
+
+def test_views_of_images_have_the_strides_that_kernels_give_them():
+    """A dim of length 1 decides whether what follows is laid out channels last."""
+    torch.manual_seed(0)
+    convolve = nn.Conv2d(16, 16, 3, padding=1)
+
+    def attended(x):
+        rows = x.flatten(2).transpose(1, 2).exp()
+        return convolve(up((rows.transpose(1, 2).reshape(x.shape) + x) / 2.0))
+
+    def up(x):
+        return F.interpolate(x, scale_factor=2.0)
+
+    x = torch.randn(1, 16, 13, 13)
+    with torch.no_grad():
+        attended(x)
+        real = peak_cpu_bytes(lambda: attended(x))
+        assert measure(attended, (x,)).peak_bytes == real

@@ -363,7 +363,7 @@ def _estimate(case: Case, subject: str, ratio: float) -> Estimate:
     try:
         if subject == "eager":
             model = case.build().requires_grad_(False)
-            foretold = fake_peak_bytes(case, model, case.other_length)
+            foretold = hp.estimate(model, other)
         else:
             eager = Eager.of(case)
             ours = budgeted(case, eager.inputs, eager.budget_bytes(ratio))

@@ -25,13 +25,16 @@ Shape = tuple[int, ...]
 class Span:
     """A dim of one tensor cut in parts.
 
-    Part ``[i, i + n)`` of a loop is elements ``[i * unit, (i + n) * unit)`` along ``dim``; where
-    the dim is ``blocks`` blocks of equal length, one after the other, those of every block.
+    Part ``[i, i + n)`` of a loop is elements ``[i * unit - before, (i + n) * unit + after)`` along
+    ``dim``, as far as it goes; where the dim is ``blocks`` blocks of equal length, one after the
+    other, those of every block. Only :mod:`hairpin.graph.halo` has parts that overlap.
     """
 
     dim: int
     unit: int = 1
     blocks: int = 1
+    before: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ from hairpin.graph.leaf import (
     OtherCall,
     as_leaves,
     canonical,
+    shapes_of,
     state,
     with_block_inputs,
 )
 from hairpin.graph.lengths import expression, hint, hints, is_open, symbol
 from hairpin.graph.simplify import simplify
+from hairpin.graph.strides import lay_out
 
 _ASSERTIONS = frozenset(
     {
@@ -474,8 +476,10 @@ def _traced(
     graph = exported.graph_module.graph
     _without_assertions(graph)
     inputs = _without_unused(graph, inputs)
-    inputs += [Port("block", path, made) for path, made in with_block_inputs(graph, sites)]
+    called = with_block_inputs(graph, sites)
     simplify(graph)
+    lay_out(graph, {node: partial(shapes_of, sites[path]) for node, path, _ in called})
+    inputs += [Port("block", path, _with_outputs(node, call)) for node, path, call in called]
     _renew_views(graph)
     _drop_passing(graph)
     if any(node.op in ("get_attr", "call_module") for node in graph.nodes):
@@ -496,6 +500,12 @@ def _traced(
         guards=guards,
         training=block.training,
     )
+
+
+def _with_outputs(block: fx.Node, call: Call) -> Call:
+    """A call with the values that it gives in the graph."""
+    (node,) = block.users
+    return replace(call, outputs=tuple(node.meta["val"]))
 
 
 def _given_paths(call: Call, paths: Sequence[str]) -> Iterator[str]:

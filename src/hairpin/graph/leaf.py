@@ -8,7 +8,7 @@ operator whose shapes come from the block's own graph.
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def as_leaves(model: nn.Module, graphs: Mapping[str, Any]) -> Iterator[dict[str,
         library.define("block(Tensor[] tensors, str path, int call) -> Tensor[]")
 
         def shapes(tensors: Sequence[Tensor], path: str, call: int) -> list[Tensor]:
-            return _shapes(sites[path], call, tensors)
+            return shapes_of(sites[path], tensors)
 
         torch.library.register_fake(f"{_NAMESPACE}::block", shapes, lib=library)
         for site in sites.values():
@@ -180,7 +180,7 @@ class _Recorded:
         return tree_unflatten(values, site.traced.out_spec)
 
 
-def _shapes(site: Site, call: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+def shapes_of(site: Site, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Outputs of a block's graph on fake tensors of other lengths."""
     traced = site.traced
     leaves = iter(tensors)
@@ -231,13 +231,15 @@ def run_block(block: Any, *tensors: Tensor) -> list[Any]:
     return outputs
 
 
-def with_block_inputs(graph: fx.Graph, sites: Mapping[str, Site]) -> list[tuple[str, Call]]:
+def with_block_inputs(
+    graph: fx.Graph, sites: Mapping[str, Site]
+) -> list[tuple[fx.Node, str, Call]]:
     """Make the blocks inputs of the graph, so that it fits any model of this structure.
 
     Returns:
-        Path and call of each new input, in the order of the placeholders at the end.
+        Each new input with the block's path and call, in the order of the placeholders at the end.
     """
-    found: list[tuple[str, Call]] = []
+    found: list[tuple[fx.Node, str, Call]] = []
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         if not str(node.target).startswith(f"{_NAMESPACE}.block"):
@@ -246,8 +248,7 @@ def with_block_inputs(graph: fx.Graph, sites: Mapping[str, Site]) -> list[tuple[
         with graph.inserting_after(last):
             last = graph.placeholder(f"block_{path.replace('.', '_')}_{len(found)}")
         last.meta["val"] = None
-        call = replace(sites[path].calls[number], outputs=tuple(node.meta["val"]))
-        found.append((path, call))
+        found.append((last, path, sites[path].calls[number]))
         node.target, node.args = run_block, (last, *tensors)
     return found
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from hairpin.graph.axes import Axis, Operation, Span, axes, operation
 from hairpin.graph.export import shape_of
+from hairpin.graph.halo import halo_axes
 from hairpin.graph.leaf import run_block
 from hairpin.graph.lengths import compiled, hint, hints, is_open
 from hairpin.graph.meter import Meter
@@ -41,6 +42,7 @@ class Step:
         takes_over: the step whose storage it may write its result into: that dies here.
         extra: bytes that a block inside it holds while it runs, its results included.
         growth: how many times as large its result is as in the example.
+        made_at: index of the step that made its storage: for a getitem, the operation before it.
     """
 
     index: int
@@ -56,9 +58,10 @@ class Step:
     takes_over: fx.Node | None = None
     extra: int = 0
     growth: float = 1.0
+    made_at: int = -1
 
     def resized(self, now: int, then: int) -> "Step":
-        """The same step where the storage of its first result has ``now`` bytes, not ``then``."""
+        """The same step where the storages of its results have ``now`` bytes, not ``then``."""
         growth = now / then if then else 1.0
         nbytes, work = now if self.nbytes else 0, math.ceil(self.work * growth)
         return replace(self, nbytes=nbytes, work=work, growth=growth)
@@ -80,7 +83,7 @@ class Flow:
         changes = [0] * (len(self.steps) + 2)
         for step in self.steps:
             if step.nbytes:
-                changes[step.index + 1] += step.nbytes
+                changes[step.made_at + 1] += step.nbytes
                 changes[min(self.storage_end[step.node], len(self.steps)) + 1] -= step.nbytes
         total, live = 0, []
         for change in changes[: len(self.steps) + 1]:
@@ -95,21 +98,32 @@ class Flow:
 
     def during(self, step: Step) -> int:
         """Bytes alive while a step runs: before it, and what it makes."""
-        new = 0 if step.takes_over is not None else step.nbytes
+        new = 0 if step.takes_over is not None else self._made[step.index]
         return self.live_bytes[step.index] + max(new + step.work, step.extra)
 
     @cached_property
+    def _made(self) -> list[int]:
+        """Bytes that each step makes, those included that a getitem after it takes out."""
+        made = [0] * len(self.steps)
+        for step in self.steps:
+            made[step.made_at] += step.nbytes
+        return made
+
+    @cached_property
     def _sizes_at(self) -> Any:
-        """Storage bytes of every step's first result as a function of the lengths."""
+        """Storage bytes of every step's results as a function of the lengths."""
         return compiled(self._sizes)
 
     @cached_property
     def _sizes(self) -> list[Any]:
-        asked = [step.nbytes or step.work for step in self.steps]
-        values = [tensors(step.node.meta["val"])[0] for step in self.steps]
-        return [
-            v.untyped_storage().nbytes() if a else 0 for a, v in zip(asked, values, strict=True)
-        ]
+        sizes: list[Any] = []
+        for step in self.steps:
+            own = kept_tensors(step.node) if step.nbytes else []
+            if step.work and not own:
+                own = tensors(step.node.meta["val"])[:1]
+            storages = {_storage(tensor): tensor.untyped_storage() for tensor in own}
+            sizes.append(sum(storage.nbytes() for storage in storages.values()))
+        return sizes
 
     def at(self, lengths: Mapping[Any, int]) -> "Flow":
         """The same steps at other lengths; their axes keep the units of the example.
@@ -126,9 +140,16 @@ class Flow:
         return Flow(self.graph, steps, self.index, self.storage_end, self.scale)
 
     def live_roots(self, boundary: int) -> Iterator[Step]:
-        """Steps before ``boundary`` whose storage is read at or after it."""
+        """Steps before ``boundary`` whose storage is read at or after it.
+
+        A step of several results is not among them: each getitem after it is one.
+        """
         for step in self.steps[:boundary]:
-            if step.nbytes and self.storage_end[step.node] >= boundary:
+            if (
+                step.nbytes
+                and isinstance(step.node.meta["val"], Tensor)
+                and self.storage_end[step.node] >= boundary
+            ):
                 yield step
 
 
@@ -175,8 +196,8 @@ class _Owners:
 def _step(node: fx.Node, index: Mapping[fx.Node, int], owners: _Owners) -> Step:
     value = node.meta["val"]
     made = 0
-    if isinstance(value, Tensor):  # of a tuple, each getitem makes its own
-        made = hint(value.untyped_storage().nbytes()) if owners.claim(value, node) else 0
+    for tensor in kept_tensors(node):  # of a tuple, each getitem makes its own
+        made += hint(tensor.untyped_storage().nbytes()) if owners.claim(tensor, node) else 0
     roots = [owners.root(tensor, node) for tensor in tensors(value)]
     described = _described(node)
     return Step(
@@ -189,7 +210,25 @@ def _step(node: fx.Node, index: Mapping[fx.Node, int], owners: _Owners) -> Step:
         is_view=made == 0 and roots[0] is not node,
         nbytes=made,
         last_use=_last_use(node, index),
+        made_at=index[_maker(node)] if made else index[node],
     )
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The operation that made a value: for a getitem the one before it."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def kept_tensors(node: fx.Node) -> list[Tensor]:
+    """Results that stay with a node itself: of several, those that no ``getitem`` takes out."""
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return [value]
+    taken = [user.args[1] for user in node.users if user.target is operator.getitem]
+    read = {_storage(t) for place in taken for t in tensors(value[place])}
+    return [t for t in tensors(value) if _storage(t) not in read]
 
 
 def _takes_over(
@@ -282,7 +321,8 @@ class Scale:
 
     def part(self, step: Step, spans: Mapping[int, Span], count: int) -> int:
         """The same when its inputs are cut to ``count`` units of these spans."""
-        return self._work(step, {p: (s.dim, s.unit * count) for p, s in spans.items()})
+        cuts = {p: (s.dim, s.unit * count + s.before + s.after) for p, s in spans.items()}
+        return self._work(step, cuts)
 
     def _work(self, step: Step, cuts: Mapping[int, tuple[int, int]]) -> int:
         operation = step.operation
@@ -303,7 +343,7 @@ class Scale:
             if isinstance(given, Tensor):
                 made = self._empty(given)
                 dim, length = cuts.get(next(counter), (0, -1))
-                return made if length < 0 else made.narrow(dim, 0, length)
+                return made if length < 0 else made.narrow(dim, 0, min(length, made.shape[dim]))
             return hint(given) if is_open(given) else given
 
         meter = Meter()
@@ -395,7 +435,7 @@ def _axes(node: fx.Node, described: Operation | None) -> tuple[Axis, ...]:
     if described is None:
         return ()
     if described.name != "getitem":
-        return axes(described)
+        return (*axes(described), *halo_axes(described))
     source, place = node.args
     assert isinstance(source, fx.Node)
     whole = _described(source)

@@ -4,9 +4,10 @@ A block is a submodule that occurs at least twice with the same structure: the l
 Each distinct one is run once; a later one that is the same is only counted.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -109,6 +110,62 @@ def overview(
             return _overview(model, example, None, inner or {}, blocks)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return _overview(model, example, None, inner or {}, ())
+
+
+def forward_bytes(model: nn.Module, example: Example) -> int:
+    """Most bytes that one forward of a model as it is holds, loops included.
+
+    Shapes alone do not tell where code looks at values: transformers leaves out a mask that hides
+    nothing. So what comes before the first repeated block is run for real where there are values;
+    from the first block on nothing is computed.
+
+    Raises:
+        PlanError: the model cannot run on the example.
+    """
+    blocks = repeated_blocks(model)
+    if blocks and "forward" not in vars(model) and can_run_really(model, example):
+        # some code does not take values and shapes side by side
+        with suppress(Exception):
+            return _begun_really(model, example, blocks)
+    return overview(model, example, blocks=()).peak_bytes
+
+
+def _begun_really(model: nn.Module, example: Example, blocks: Mapping[str, nn.Module]) -> int:
+    """Peak of a forward that is real up to the first of these blocks."""
+    args, kwargs = example
+    mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
+    with torch.no_grad(), plainly(), _unchanged(model), _as_it_was(model):
+        for block in blocks.values():
+            block.__dict__["forward"] = _OnShapes(block, mode, meter)
+        with meter:
+            output = model(*args, **kwargs)
+        del output
+    return meter.peak_bytes
+
+
+class _OnShapes:
+    """Stands in for a block's forward: the same on tensors without values."""
+
+    ours = True
+
+    def __init__(self, block: nn.Module, mode: FakeTensorMode, meter: Meter) -> None:
+        own = vars(block).get("forward")
+        self.forward = own if own is not None else type(block).forward.__get__(block)
+        self.__signature__ = inspect.signature(self.forward)
+        self.mode, self.meter = mode, meter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.meter.paused = True
+        try:
+            with self.mode:
+                args, kwargs = tree_map_only(Tensor, self._hollow, (args, kwargs))
+        finally:
+            self.meter.paused = False
+        with self.mode, self.meter:
+            return self.forward(*args, **kwargs)
+
+    def _hollow(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else _empty(tensor, tensor.device)
 
 
 def all_real(example: Any) -> bool:

@@ -63,9 +63,10 @@ def cost_s(candidate: Candidate, chunk: int, speeds: Speeds) -> float:
     turns = -(-found.units // chunk)
     starts = (turns - 1) * found.steps * speeds.step_s + turns * speeds.turn_s
     thinner = found.thin_flops / chunk * speeds.rows / speeds.flops_per_s
+    shared = turns * found.overlap_flops / speeds.flops_per_s
     again = (turns - 1) * found.reread_bytes / speeds.cached_bytes_per_s
     moved = (found.copied_bytes + found.repeated_bytes) / speeds.bytes_per_s
-    return starts + thinner + again + moved - gain_s(found, chunk, speeds)
+    return starts + thinner + shared + again + moved - gain_s(found, chunk, speeds)
 
 
 def gain_s(candidate: Candidate, chunk: int, speeds: Speeds) -> float:

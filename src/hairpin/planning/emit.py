@@ -4,13 +4,24 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from hairpin.graph.axes import Span
 from hairpin.graph.export import shape_of
+from hairpin.graph.halo import (
+    NO_HALO,
+    has_halo,
+    is_statistical,
+    is_windowed,
+    normalized,
+    trimmed,
+    units_of,
+    write_convolution,
+    write_group_norm,
+)
 from hairpin.graph.lengths import hints, same_size
 from hairpin.graph.memory import Flow, Step, inplace, may_alias, operands, same_layout
 from hairpin.planning.loop import Loop, Out
@@ -209,6 +220,9 @@ _SIZES = {
 }  # place of the argument that gives the lengths of the result
 
 
+_UNITS = "units"  # stands for the number of all units among a loop's inputs
+
+
 def _is_resized(step: Step) -> bool:
     return step.operation is not None and step.operation.name in _SIZES
 
@@ -225,7 +239,8 @@ class _RegionWriter:
         self.body = fx.Graph()
         self.body_env: dict[fx.Node, fx.Node] = {}
         self.taken: dict[tuple[fx.Node, Span | None], fx.Node] = {}
-        self.given: list[tuple[fx.Node, Span | None]] = []
+        self.given: list[tuple[Any, Span | None]] = []
+        self.place: tuple[fx.Node, ...] = ()  # start, count and all units, where parts overlap
         self.inside: dict[int, Step] = {}
 
     def write(self) -> None:
@@ -244,13 +259,29 @@ class _RegionWriter:
         self.count = self.body.placeholder("count")
         self.count.meta["val"] = 1
         self.begin: fx.Node | None = None
-        if any(step.node in self.writer.masks for step in self.inside.values()):
+        overlaps = any(has_halo(span) for s in self.inside.values() for _, span in self._sources(s))
+        if overlaps or any(step.node in self.writer.masks for step in self.inside.values()):
             self.begin = self.body.placeholder("start")
             self.begin.meta["val"] = 0
+        if overlaps:
+            assert self.begin is not None
+            self.place = (self.begin, self.count, self.body.placeholder("units"))
+            self.place[2].meta["val"] = 1
+            self.given.append((_UNITS, None))
+        for step in self.inside.values():
+            if self._takes_statistics(step):
+                found = self.body.placeholder(f"{step.node.name}_statistics")
+                found.meta["val"] = None
+                self.taken[step.node, None] = found
+                self.given.append((step, None))
         self._placeholders()
         for step in self.inside.values():
             self.body_env[step.node] = self._inside(step)
         self._finish()
+
+    def _takes_statistics(self, step: Step) -> bool:
+        """Whether a step is a group norm that is cut along a dim it normalises over."""
+        return is_statistical(step.operation, step.axes[self.state.demands[step.index][0]])
 
     def _views_outside(self, step: Step) -> bool:
         """Whether a step only views, or picks from, what is whole when the loop begins."""
@@ -297,9 +328,21 @@ class _RegionWriter:
         return _has_tensors(node)
 
     def _spans(self, step: Step) -> dict[int, Span]:
-        number, scale = self.state.demands[step.index]
-        axis = step.axes[number]
-        return {count: Span(s.dim, s.unit * scale) for count, s in axis.inputs.items()}
+        parts = {count: self.state.part(step, count) for count in range(len(step.inputs))}
+        return {count: span for count, span in parts.items() if span is not None}
+
+    def _part(self, node: fx.Node, span: Span | None) -> fx.Node:
+        """The value of a step inside, without what only other readers want around it."""
+        made = self.body_env[node]
+        own = self.state.out_span(self.flow.steps[self.flow.index[node]])
+        if own is None or span is None or (own.before, own.after) == (span.before, span.after):
+            return made
+        if not isinstance(node.meta["val"], Tensor):
+            raise EmissionError(f"parts of {node.name} overlap in several ways")
+        have, want = (own.before, own.after), (span.before, span.after)
+        view = self.body.call_function(trimmed, (made, (own.dim, own.unit), have, want, self.place))
+        view.meta["val"] = node.meta["val"]
+        return view
 
     def _inside(self, step: Step) -> fx.Node:
         """One step in the body, its lengths along the cut dim replaced by the chunk's."""
@@ -312,9 +355,24 @@ class _RegionWriter:
                 return self.taken[source, None]
             count = next(counter)
             if self.flow.index.get(source) in self.inside:
-                return self.body_env[source]
+                return self._part(source, spans.get(count))
             return self.taken[source, spans.get(count)]
 
+        number, scale = self.state.demands[step.index]
+        if is_windowed(step.operation, step.axes[number]):
+            assert step.operation is not None
+            halo = self.state.halos.get(step.index, NO_HALO)
+            inputs = [value(source) for source in step.inputs]
+            made = write_convolution(
+                self.body, step.operation, inputs, (step.axes[number], scale, halo), self.place
+            )
+            made.meta = dict(node.meta)
+            return made
+        if self._takes_statistics(step):
+            statistics = self.taken[node, None]
+            made = self.body.call_function(normalized, (value(step.inputs[0]), statistics))
+            made.meta = dict(node.meta)
+            return made
         args = fx.node.map_arg(node.args, value)
         kwargs = fx.node.map_arg(dict(node.kwargs), value)
         target, resized = self._resized(step, node.target, list(args))
@@ -369,7 +427,7 @@ class _RegionWriter:
             raise EmissionError("the loop writes nothing, or cuts nothing")
         self._check_lengths(outs)
         into = self._write_back(outs) if writer.reuse else {}
-        self.body.output(tuple(self.body_env[out.node] for out in outs))
+        self.body.output(tuple(self._part(out.node, self._out_span(out)) for out in outs))
         if writer.reuse:
             reuse_storages(self.body)
         loop = Loop(
@@ -379,9 +437,7 @@ class _RegionWriter:
             counts_from=self.begin is not None,
         )
         writer.modules.add_module(self.name, loop)
-        arguments = tuple(
-            source if source is writer.seed else writer.whole(source) for source, _ in self.given
-        )
+        arguments = tuple(self._argument(source) for source, _ in self.given)
         call = writer.graph.call_module(self.name, (writer.chunks[self.name], *arguments))
         values = [out.node.meta["val"] for out in outs]
         call.meta["val"] = values[0] if len(values) == 1 else tuple(values)
@@ -397,7 +453,25 @@ class _RegionWriter:
                 made.meta["val"] = values[place]
             writer.env[out.node] = made
 
+    def _argument(self, source: Any) -> fx.Node:
+        """What the loop is called with for one of its inputs."""
+        if source is self.writer.seed:
+            return cast(fx.Node, source)
+        if isinstance(source, Step):
+            assert source.operation is not None
+            inputs = [self.writer.whole(each) for each in source.inputs]
+            return write_group_norm(self.writer.graph, source.operation, inputs)
+        if source is not _UNITS:
+            return self.writer.whole(source)
+        cut, span = next((source, span) for source, span in self.given if span is not None)
+        made = self.writer.graph.call_function(
+            units_of, (self.writer.whole(cut), span.dim, span.unit)
+        )
+        made.meta["val"] = 1
+        return made
+
     def _out_span(self, step: Step) -> Span | None:
+        """The part of an output that is written: without a halo."""
         number, scale = self.state.demands[step.index]
         span = step.axes[number].outputs.get(0)
         return None if span is None else Span(span.dim, span.unit * scale)

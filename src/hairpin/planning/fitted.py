@@ -16,7 +16,7 @@ from hairpin.errors import PlanError
 from hairpin.graph.meter import measure
 from hairpin.planning.apply import attach, detach
 from hairpin.planning.attachment import Attachment
-from hairpin.planning.blocks import overview
+from hairpin.planning.blocks import forward_bytes
 from hairpin.planning.budget import Fitted, Progress, fit
 from hairpin.planning.budget_training import fit_training
 from hairpin.planning.example import Example, as_example, plainly
@@ -115,7 +115,9 @@ def estimate(model: nn.Module, inputs: Any, *, backward: bool = False) -> int:
     """Bytes that one forward of ``model`` as it is now would hold, counted on fake tensors.
 
     Outputs are counted, parameters and inputs are not. Loops that are attached run as they would at
-    these lengths. Nothing is computed, and nothing is allocated.
+    these lengths. From the first repeated block on nothing is computed and nothing is allocated;
+    what comes before it (embeddings, masks) is run where ``inputs`` and parameters have values,
+    since some code looks at them.
 
     Args:
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or ``(args, kwargs)``;
@@ -131,7 +133,7 @@ def estimate(model: nn.Module, inputs: Any, *, backward: bool = False) -> int:
         with plainly():
             if backward:
                 return measure(model, args, kwargs, grad=True).peak_bytes
-            return overview(model, (args, kwargs), blocks=()).peak_bytes
+            return forward_bytes(model, (args, kwargs))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise PlanError(
             f"{type(model).__name__} reads values of its input ({error}), so what it holds cannot "

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hairpin.errors import PlanError
 from hairpin.graph.axes import Span
+from hairpin.graph.halo import has_halo, part
 from hairpin.planning.again import Again, Totals, again
 
 
@@ -124,7 +125,7 @@ class Loop(nn.Module):
     def parts(self, inputs: Sequence[Any], start: int, count: int) -> list[Any]:
         """What the body takes in the turn that begins at unit ``start``."""
         return [
-            x if cut is None else x.narrow(cut.dim, start * cut.unit, count * cut.unit)
+            x if cut is None else part(x, cut, start, count)
             for cut, x in zip(self.cuts, inputs, strict=True)
         ]
 
@@ -291,6 +292,7 @@ class _Backward:
         """
         cut, total = self.loop.cuts[place], self.totals.get(self.first[place])
         alone = sum(self.first[other] == self.first[place] for other in self.needed) == 1
+        alone = alone and not has_halo(cut)
         if total is None and (cut is None or only):
             # a gradient that is spread out, or lies in another's storage, cannot be added to
             self.totals[self.first[place]] = grad if owned and _dense(grad) else grad.clone()
@@ -301,15 +303,15 @@ class _Backward:
             if total is None:
                 make = torch.empty_like if alone else torch.zeros_like
                 total = self.totals[self.first[place]] = make(self.inputs[place], dtype=grad.dtype)
-            part = _part(total, cut, start, count)
-            part.copy_(grad) if alone else part.add_(grad)
+            own = _part(total, cut, start, count)
+            own.copy_(grad) if alone else own.add_(grad)
 
 
 def _part(whole: Tensor, span: Span | None, start: int, count: int) -> Tensor:
     """The part of a tensor in the turn that begins at unit ``start``."""
     if span is None:
         return whole
-    return whole.narrow(span.dim, start * span.unit, count * span.unit)
+    return part(whole, span, start, count)
 
 
 def _dense(tensor: Tensor) -> bool:

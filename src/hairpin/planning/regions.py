@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import fx
 
 from hairpin.graph.axes import Axis, Span
+from hairpin.graph.halo import NO_HALO, Halo, asked, halo_for, has_halo, is_statistical, is_windowed
 from hairpin.graph.memory import Flow, Step, may_alias
 
 CACHED_BYTES = 2 * 2**20  # what a turn holds below this is still in the cache when it is read
@@ -55,6 +56,7 @@ class Candidate:
         kept_bytes: what training keeps of the region until the backward: its outputs and all that
             the steps ahead of the loop made.
         turn_bytes: everything that a turn makes, per unit: what its backward needs at once.
+        overlap_flops: that every turn repeats, of rows that neighbouring chunks share.
     """
 
     start: int
@@ -75,6 +77,7 @@ class Candidate:
     largest_bytes: int
     kept_bytes: int
     turn_bytes: float
+    overlap_flops: float = 0.0
 
     @property
     def unit_bytes(self) -> float:
@@ -102,11 +105,26 @@ class Walk:
     spans: dict[fx.Node, set[Span]] = field(default_factory=dict)  # parts asked of a node
     whole_in_loop: set[fx.Node] = field(default_factory=set)  # needed whole in every turn
     whole_ahead: set[fx.Node] = field(default_factory=set)  # needed whole before the loop
+    halos: dict[int, Halo] = field(default_factory=dict)  # step -> elements around its part
+    whole_once: set[fx.Node] = field(default_factory=set)  # needed whole just before the loop
     status: dict[int, Status] = field(default_factory=dict)
     outs: list[int] = field(default_factory=list)  # steps whose storage the loop writes
     sums: bool = False
 
     length: int | None = None  # of the seed's dim, where it is not the example's
+
+    def part(self, step: Step, place: int) -> Span | None:
+        """The part of an input that a step inside the loop takes; None for the whole."""
+        number, scale = self.demands[step.index]
+        return asked(step.axes[number], place, scale, self.halos.get(step.index, NO_HALO))
+
+    def out_span(self, step: Step) -> Span | None:
+        """The part of its first result that a step inside the loop makes."""
+        number, scale = self.demands[step.index]
+        span = step.axes[number].outputs.get(0)
+        if span is None:
+            return None
+        return Span(span.dim, span.unit * scale, *self.halos.get(step.index, NO_HALO))
 
     @property
     def units(self) -> int:
@@ -188,7 +206,11 @@ def _visit(
     whole = node in state.whole_in_loop or node in state.whole_ahead
     is_out = node in roots_out
     demand = _demand(state, step, hints if is_out and not whole else {}, whole=whole)
-    if demand is None:
+    halo = None
+    if demand is not None:
+        axis = step.axes[demand[0]]
+        halo = halo_for(step.operation, axis, demand[1], state.spans.get(node, ()))
+    if demand is None or halo is None:
         asked = bool(state.spans.get(node)) or whole or is_out
         if asked or not (step.is_view or step.last_use < state.end):
             _run_ahead(state, step)
@@ -203,8 +225,8 @@ def _visit(
         _ask_whole(state, step)
     elif is_out:
         state.outs.append(index)
-    state.demands[index] = demand
-    _ask_parts(state, step, demand)
+    state.demands[index], state.halos[index] = demand, halo
+    _ask_parts(state, step)
 
 
 def _demand(
@@ -240,16 +262,17 @@ def _ask_whole(state: Walk, step: Step) -> None:
         state.whole_ahead.add(source)
 
 
-def _ask_parts(state: Walk, step: Step, demand: tuple[int, int]) -> None:
+def _ask_parts(state: Walk, step: Step) -> None:
     """Ask each input for its part along the axis; those without one are needed whole each turn."""
-    number, scale = demand
-    axis = step.axes[number]
     for count, source in enumerate(step.inputs):
-        part = axis.inputs.get(count)
+        part = state.part(step, count)
         if part is None:
             state.whole_in_loop.add(source)
         else:
-            state.spans.setdefault(source, set()).add(Span(part.dim, part.unit * scale))
+            state.spans.setdefault(source, set()).add(part)
+    if is_statistical(step.operation, step.axes[state.demands[step.index][0]]):
+        state.whole_ahead.add(step.inputs[0])
+        state.whole_once.add(step.inputs[0])
 
 
 _CHEAP = frozenset(
@@ -271,8 +294,10 @@ def _worth_repeating(state: Walk, step: Step) -> bool:
     Not if its whole value stays for the loop anyway, nor if keeping its inputs costs more.
     """
     if step.is_view:
+        if step.node in state.whole_once:
+            state.whole_once.update(step.inputs)
         return True
-    if step.node in state.whole_in_loop or step.operation is None:
+    if step.node in state.whole_in_loop | state.whole_once or step.operation is None:
         return False
     if not (step.operation.pointwise or step.operation.name in _CHEAP):
         return False
@@ -286,7 +311,8 @@ def _forward(flow: Flow, known: Walk, end: int) -> dict[int, tuple[int, int]]:
     spans: dict[fx.Node, Span] = {}
     for node, parts in known.spans.items():
         if len(parts) == 1:
-            (spans[node],) = parts
+            (part,) = parts
+            spans[node] = Span(part.dim, part.unit)
     for step in flow.steps[:end]:
         if step.node in spans or step.index in known.demands:
             continue
@@ -310,7 +336,7 @@ def _axis_from_inputs(step: Step, spans: dict[fx.Node, Span]) -> tuple[int, int]
         scales = set()
         for count, span in cut.items():
             part = axis.inputs.get(count)
-            if part is None or part.dim != span.dim or span.unit % part.unit:
+            if part is None or part.dim != span.dim or span.unit % part.unit or has_halo(part):
                 scales = {0}
                 break
             scales.add(span.unit // part.unit)
@@ -388,6 +414,7 @@ class _Sizes:
         self.flops = 0.0
         self.made = [0, 0]
         self.largest = 0
+        self.overlap_flops = 0.0
         self.in_window: set[fx.Node] = set()
         self.outs: list[Step] = []
         self.reread: dict[fx.Node, int] = {}
@@ -448,9 +475,12 @@ class _Sizes:
             self.turn_bytes += share
             self._note_made(step.nbytes)
             last = max(self.last_loop.get(step.node, index), index)
-            first = index + 1 if self._takes_over(step) else index
+            first = index + 1 if self._takes_over(step) else step.made_at
+            around = round(share * self._halo_units(step))
             for time in range(first, last + 1):
                 self.loop_profile[time] += share
+                self.own_profile[time] += around
+        self._add_edges(step)
         if step.work:
             self._add_work(step)
         if operation is not None:
@@ -458,6 +488,7 @@ class _Sizes:
             if work:
                 self.flops += work
                 self.thin += work / self._breadth(step)
+                self.overlap_flops += work / units * self._halo_units(step)
         for source in step.inputs:
             if source in state.whole_in_loop:
                 self.reread[source] = _node_bytes(source)
@@ -490,6 +521,24 @@ class _Sizes:
         rows = shape[-2] if batched else math.prod(shape) / shape[columns]
         return rows / self.state.units
 
+    def _halo_units(self, step: Step) -> float:
+        """Units around its part that a step computes in every turn."""
+        span = self.state.out_span(step)
+        return 0.0 if span is None else (span.before + span.after) / span.unit
+
+    def _add_edges(self, step: Step) -> None:
+        """A convolution copies its part of the image where the padding is beside it."""
+        if not is_windowed(step.operation, step.axes[self.state.demands[step.index][0]]):
+            return
+        for place, source in enumerate(step.inputs):
+            span = self.state.part(step, place)
+            if span is not None:
+                share = _node_bytes(source) / self.state.units
+                self.loop_profile[step.index] += share
+                self.own_profile[step.index] += round(
+                    share * (span.before + span.after) / span.unit
+                )
+
     def _takes_over(self, step: Step) -> bool:
         """Whether its result goes into the storage of an operand that the loop made."""
         source = step.takes_over
@@ -503,11 +552,8 @@ class _Sizes:
         Weighed at the example's lengths; at others both are taken to grow as a unit's result does.
         """
         state = self.state
-        number, scale = state.demands[step.index]
-        spans = {
-            place: Span(span.dim, span.unit * scale)
-            for place, span in step.axes[number].inputs.items()
-        }
+        parts = {place: state.part(step, place) for place in range(len(step.inputs))}
+        spans = {place: span for place, span in parts.items() if span is not None}
         units = state.example_units
         half = max(units // 2, 1)
         least, most = (state.flow.scale.part(step, spans, n) for n in (1, half))
@@ -544,6 +590,7 @@ class _Sizes:
             largest_bytes=self.largest,
             kept_bytes=self.made_ahead + self.out_bytes,
             turn_bytes=self.turn_bytes,
+            overlap_flops=self.overlap_flops,
         )
 
     def _written_back(self, start: int) -> int:
