@@ -47,7 +47,8 @@ def simplify(graph: fx.Graph) -> None:
     Copies of what nothing else changes; masks, selections and sums that lengths prove to do
     nothing; causal masks that ``is_causal`` says as well; keys repeated for attention that can
     group its queries; masks written out in full where a broadcast one does. A cross entropy becomes
-    a log softmax, a gather and a sum, so that its tokens can be cut. Results stay equal, outputs
+    a log softmax, a gather and a sum, so that its tokens can be cut, and attention that drops out
+    weights is written out. Results stay equal, outputs
     alias what they did, and ``meta["val"]`` of every node is right.
 
     Args:
@@ -363,6 +364,54 @@ def _simplify_attention(work: _Work, node: fx.Node) -> None:
     if narrow is not mask:
         _attend(work, node, attn_mask=narrow)
     _group_queries(work, node)
+    if argument(node, "dropout_p", 0.0) and node.users:
+        _split_attention(work, node)
+
+
+def _split_attention(work: _Work, node: fx.Node) -> None:
+    """Attention that drops weights out, as products, softmax and a dropout of their own.
+
+    One with a mask stays: rows that see nothing are zero in its kernel.
+    """
+    query, key, value = node.args[:3]
+    if argument(node, "attn_mask") is not None or argument(node, "enable_gqa", False):
+        return
+    made: list[fx.Node] = []
+
+    def add(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made.append(work.made(node, target, *args, **kwargs))
+        return made[-1]
+
+    scale = argument(node, "scale") or result_of(query).shape[-1] ** -0.5
+    scores = add(aten.matmul.default, query, add(aten.transpose.int, key, -2, -1))
+    scores = add(aten.mul.Tensor, scores, scale)
+    if argument(node, "is_causal", False):
+        scores = add(aten.where.ScalarOther, _seen(work, node, add), scores, -math.inf)
+    weights = add(aten.softmax.int, scores, -1)
+    weights = add(aten.dropout.default, weights, argument(node, "dropout_p"), True)
+    mixed = add(aten.matmul.default, weights, value)
+    if not alike(result_of(node).stride(), result_of(mixed).stride()):  # heads behind positions
+        order = add(aten.transpose.int, mixed, 1, 2)
+        order = add(aten.clone.default, order, memory_format=torch.contiguous_format)
+        mixed = add(aten.transpose.int, order, 1, 2)
+    if any(each.meta["val"] is None for each in made) or not work.replace(node, mixed):
+        for each in reversed(made):
+            work.forget(each)
+    else:
+        work.forget(node)  # a random step does not go for want of readers
+
+
+def _seen(work: _Work, node: fx.Node, add: Callable[..., fx.Node]) -> fx.Node:
+    """Which keys each query of causal attention sees, ``bool[q, k]``."""
+    device = result_of(node).device
+    places = []
+    for operand in node.args[:2]:
+        assert isinstance(operand, fx.Node)
+        length: Any = result_of(operand).shape[-2]
+        if isinstance(length, SymInt):
+            length = work._length(length, node) or add(aten.sym_size.int, operand, -2)
+        places.append(add(aten.arange.default, length, device=device))
+    return add(aten.ge.Tensor, add(aten.unsqueeze.default, places[0], 1), places[1])
 
 
 def _drop_mask(work: _Work, node: fx.Node) -> None:

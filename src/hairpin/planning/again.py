@@ -6,7 +6,7 @@ that shape without room (a *hollow* one). And gradients of weights that every tu
 added to their totals inside the product that makes them, so that no turn holds a second copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from hairpin.planning.masks import keyed_dropout
 
 _PRODUCTS = frozenset({torch.ops.aten.linear.default, torch.ops.aten.addmm.default})
+_BATCHED = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.bmm.default})
 _SUMS = frozenset({torch.ops.aten.add.Tensor})
 _PASSING = frozenset(
     {
@@ -27,8 +28,11 @@ _PASSING = frozenset(
         torch.ops.aten.permute.default,
         torch.ops.aten.unsqueeze.default,
         torch.ops.aten.squeeze.dim,
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.clone.default,
     }
 )
+_COPIES = frozenset({torch.ops.aten.clone.default})
 
 
 @dataclass(eq=False)
@@ -44,6 +48,17 @@ class Totals:
     wanted: frozenset[int]
     found: dict[int, Tensor] = field(default_factory=dict)
     anchor: Tensor | None = None
+
+    def add_product(self, place: int, left: Tensor, right: Tensor) -> None:
+        """Add ``left @ right``, matrices or batches of them, to the total at a place."""
+        total = self.found.get(place)
+        if total is None:
+            self.found[place] = left @ right
+        elif left.dim() == 2:
+            total.addmm_(left, right)
+        else:
+            one, other = (x.reshape(-1, *x.shape[-2:]) for x in (left, right))
+            total.view(-1, *total.shape[-2:]).baddbmm_(one, other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +98,12 @@ def again(body: fx.GraphModule, cuts: Sequence[Any], before: int) -> Again:
             to = tuple(places[x] if x in summed else None for x in (weight, bias))
             tensors = tuple(None if x is None else made[x] for x in (left, weight, bias))
             made[node] = graph.call_function(product, (*args, *to, *tensors))
+        elif _is_batched(node):
+            to = tuple(places[x] if x in summed else None for x in node.args)
+            pair = (made[x] for x in node.args)  # type: ignore[index]
+            made[node] = graph.call_function(batched, (totals, node in hollow, *to, *pair))
+        elif node.target in _COPIES and node in hollow:
+            made[node] = made[node.args[0]]
         elif node.target in _SUMS and node in hollow:
             made[node] = graph.call_function(hollow_sum, tuple(made[x] for x in node.args))
         else:
@@ -98,36 +119,62 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
     return left, weight, bias
 
 
+def _is_batched(node: fx.Node) -> bool:
+    """Whether a step is a product of two batches of matrices, of the same length."""
+    if node.target not in _BATCHED or node.kwargs:
+        return False
+    left, right = (x.meta.get("val") for x in node.args)  # type: ignore[union-attr]
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() < 3:
+        return False
+    return left.dim() == right.dim() and left.shape[:-2] == right.shape[:-2]
+
+
 def _only_weight(node: fx.Node) -> bool:
-    """Whether an input serves products as their weight or bias (of one dim), and nothing else."""
+    """Whether an input is whole in products, as weight, bias (of one dim) or matrices, only."""
+    return bool(node.users) and all(_weighs(node, user) for user in node.users)
+
+
+def _weighs(node: fx.Node, user: fx.Node) -> bool:
+    if _is_batched(user):
+        return sum(x is node for x in user.args) == 1
+    if user.target not in _PRODUCTS or user.kwargs:
+        return False
+    left, weight, bias = _operands(user)
     value = node.meta.get("val")
-    return bool(node.users) and all(
-        user.target in _PRODUCTS
-        and not user.kwargs
-        and (
-            _operands(user)[1] is node
-            or (_operands(user)[2] is node and isinstance(value, Tensor) and value.dim() == 1)
-        )
-        and _operands(user)[0] is not node
-        for user in node.users
-    )
+    flat = isinstance(value, Tensor) and value.dim() == 1
+    return left is not node and (weight is node or (bias is node and flat))
 
 
 def _hollow(graph: fx.Graph) -> set[fx.Node]:
     """Results that only end in sums and outputs: nobody's gradient depends on their values."""
     found: set[fx.Node] = set()
+
+    def valueless(user: fx.Node) -> bool:
+        return user.op == "output" or (user in found and not is_product(user))
+
     for node in reversed(graph.nodes):
-        target = node.target
-        fine = target in _PRODUCTS | _PASSING or (target in _SUMS and _plain_sum(node))
-        if fine and not node.kwargs and all(_no_value(user, found) for user in node.users):
+        if is_hollow(node, valueless):
             found.add(node)
     return found
 
 
-def _no_value(user: fx.Node, hollow: set[fx.Node]) -> bool:
-    if user.op == "output":
-        return True
-    return user in hollow and user.target not in _PRODUCTS
+def is_hollow(node: fx.Node, valueless: Callable[[fx.Node], bool]) -> bool:
+    """Whether a loop's backward can do without the value of a step.
+
+    Args:
+        valueless: whether a reader of it can do without, too.
+    """
+    target = node.target
+    dropped = str(getattr(target, "overloadpacket", "")) == "aten.dropout"  # to be keyed
+    fine = target in _PRODUCTS | _PASSING or dropped or _is_batched(node)
+    fine = fine or (target in _SUMS and _plain_sum(node))
+    bare = not node.kwargs or target in _COPIES
+    return fine and bare and all(valueless(user) for user in node.users)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a step multiplies matrices in a way that can be left out."""
+    return node.target in _PRODUCTS | _BATCHED
 
 
 def _plain_sum(node: fx.Node) -> bool:
@@ -179,11 +226,7 @@ class _Product(torch.autograd.Function):
         found: list[Any] = [None, None, None]
         left, right = (across.t(), rows) if transposed else (rows.t(), across)
         if weight_place in totals.wanted:
-            total = totals.found.get(weight_place)
-            if total is None:
-                totals.found[weight_place] = left @ right
-            else:
-                total.addmm_(left, right)
+            totals.add_product(weight_place, left, right)
         elif ctx.needs_input_grad[4]:
             found[1] = left @ right
         if bias_place in totals.wanted or ctx.needs_input_grad[5]:
@@ -197,6 +240,48 @@ class _Product(torch.autograd.Function):
             found[2] = None
         if ctx.needs_input_grad[3]:
             found[0] = (across @ (weight if transposed else weight.t())).view(x.shape)
+        return (None, None, None, *found)
+
+
+def batched(  # noqa: PLR0917 - called by graphs, by place
+    totals: Totals,
+    hollow: bool,  # noqa: FBT001
+    left_place: int | None,
+    right_place: int | None,
+    left: Tensor,
+    right: Tensor,
+) -> Tensor:
+    """``left @ right`` of batches of matrices, gradients of whole ones added to the totals."""
+    how = (hollow, left_place, right_place)
+    out: Tensor = _Batched.apply(totals.anchor, totals, how, left, right)
+    return out
+
+
+class _Batched(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, anchor: Any, totals: Totals, how: Any, left: Tensor, right: Tensor
+    ) -> Tensor:
+        ctx.totals, ctx.how = totals, how
+        ctx.save_for_backward(left, right)
+        if how[0]:
+            return left.new_empty(()).expand(*left.shape[:-1], right.shape[-1])
+        return left @ right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        left, right = ctx.saved_tensors
+        _, left_place, right_place = ctx.how
+        totals: Totals = ctx.totals
+        found: list[Any] = [None, None]
+        if right_place in totals.wanted:
+            totals.add_product(right_place, left.mT, grad)
+        elif ctx.needs_input_grad[4]:
+            found[1] = left.mT @ grad
+        if left_place in totals.wanted:
+            totals.add_product(left_place, grad, right.mT)
+        elif ctx.needs_input_grad[3]:
+            found[0] = grad @ right.mT
         return (None, None, None, *found)
 
 

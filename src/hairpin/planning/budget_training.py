@@ -4,9 +4,9 @@ What the blocks of a stack keep for the backward adds up, so they share the budg
 budgets are lowered together until a whole forward and backward of the model is certified to fit.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.errors import MemoryBudgetError, TraceError
 from hairpin.graph.export import Traced, filled, trace
+from hairpin.graph.leaf import NotALeaf, OtherCall
 from hairpin.graph.meter import Timeline, measure
 from hairpin.planning.blocks import Group, overview
 from hairpin.planning.budget import Fitted, Progress
@@ -22,9 +23,10 @@ from hairpin.planning.example import Example, plainly
 from hairpin.planning.program import Program, Search
 from hairpin.planning.speeds import Speeds
 from hairpin.planning.stamp import stamp
-from hairpin.planning.training import make_training_program
+from hairpin.planning.training import Around, TrainingProgram, make_training_program
 from hairpin.units import format_bytes
 
+_MOST_STEPS = 2000  # of the code around blocks; a search of more would take minutes
 _SHARES = (0.7, 0.5, 0.36, 0.26, 0.19, 0.14, 0.1)  # of what a block takes without loops
 
 
@@ -126,33 +128,119 @@ def _stack(
 ) -> Fitted:
     """Lower the budgets of all blocks together until the whole step fits."""
     least = fitted.whole_peak_bytes
-    for share in _SHARES:
-        for block in blocks:
-            say(f"searching {block.paths[0]} at {share:.0%}")
-            try:
-                program = make_training_program(
-                    block.search, int(share * block.whole_bytes), block.flat, speeds
-                )
-            except MemoryBudgetError:
-                continue  # it keeps the loops of the share before
-            _take(model, fitted, block.paths, program, block.whole_bytes)
-        if not fitted.programs:
+    rest = _Rest(model, example, fitted, blocks, say)
+    for share in (1.0, *_SHARES):
+        if share < 1:
+            _lower(model, fitted, blocks, share, speeds=speeds, say=say)
+        if fitted.programs:
+            fitted.peak_bytes = _with_loops(model, fitted, lambda: _step(model, example)).peak_bytes
+            least = min(least, fitted.peak_bytes)
+            if fitted.peak_bytes <= fitted.budget_bytes:
+                return fitted
+        elif share < 1:
             break
-        fitted.peak_bytes = _with_loops(model, fitted, lambda: _step(model, example)).peak_bytes
-        least = min(least, fitted.peak_bytes)
-        if fitted.peak_bytes <= fitted.budget_bytes:
+        try:
+            outer = rest.program(speeds)
+        except MemoryBudgetError as error:
+            least = min(least, error.floor_bytes or least)
+            continue
+        if outer is not None:
+            _take(model, fitted, ("",), outer, fitted.whole_peak_bytes)
+            fitted.peak_bytes = outer.peak_bytes
             return fitted
-    raise _too_little(model, fitted, least, "")
+    reasons = "; ".join(f"'{path or 'the model'}': {why}" for path, why in fitted.left.items())
+    raise _too_little(model, fitted, least, reasons)
 
 
-def _with_loops(model: nn.Module, fitted: Fitted, step: Callable[[], Timeline]) -> Timeline:
-    """Run a step with the loops in place of the blocks' own forwards."""
+def _lower(
+    model: nn.Module,
+    fitted: Fitted,
+    blocks: list[_Block],
+    share: float,
+    *,
+    speeds: Speeds,
+    say: Progress,
+) -> None:
+    """Give each block this share of what it takes; where that is too little, it stays as it is."""
+    for block in blocks:
+        path = block.paths[0]
+        if path in fitted.left:
+            continue
+        say(f"searching {path} at {share:.0%}")
+        try:
+            program = make_training_program(
+                block.search, int(share * block.whole_bytes), block.flat, speeds
+            )
+        except MemoryBudgetError:
+            continue  # it keeps the loops of the share before
+        except TraceError as error:
+            fitted.left[path] = str(error)
+            continue
+        _take(model, fitted, block.paths, program, block.whole_bytes)
+
+
+@dataclass(eq=False)
+class _Rest:
+    """The code around the blocks of a model."""
+
+    model: nn.Module
+    example: Example
+    fitted: Fitted
+    blocks: list[_Block]
+    say: Progress
+    _search: list[Search | None] = field(default_factory=list)
+
+    def program(self, speeds: Speeds) -> TrainingProgram | None:
+        """Loops there for the whole budget, the blocks as they are now; None without a graph.
+
+        Raises:
+            MemoryBudgetError: there is no way.
+        """
+        if not self._search:
+            self._search.append(self._traced())
+        (search,) = self._search
+        if search is None or len(search.flow.steps) > _MOST_STEPS:
+            return None
+        self.say("searching around the blocks")
+        args, kwargs = tree_map_only(Tensor, _plain, self.example)
+        forward = type(self.model).forward.__get__(self.model)
+        flat = search.traced.flat_inputs(self.model, forward, args, kwargs)
+        around = Around(self.model, *self.example, search.traced)
+        budget = self.fitted.budget_bytes
+        with _attached(self.model, self.fitted):
+            return make_training_program(search, budget, flat, speeds, tries=6, around=around)
+
+    def _traced(self) -> Search | None:
+        leaves = {path: b.search.traced for b in self.blocks for path in b.paths}
+        self.say(f"tracing {type(self.model).__name__} around them")
+        args, kwargs = tree_map_only(Tensor, _plain, self.example)
+        try:
+            traced = trace(self.model, args, kwargs, blocks=leaves)
+        except (TraceError, OtherCall, NotALeaf) as error:
+            self.fitted.left[""] = str(error)
+            return None
+        return Search.of(traced)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+@contextmanager
+def _attached(model: nn.Module, fitted: Fitted) -> Iterator[None]:
+    """While the block lasts, loops run in place of the blocks' own forwards."""
     with ExitStack() as stack:
         for path, program in fitted.programs.items():
             for each in fitted.paths[path]:
                 block = model.get_submodule(each)
                 block.__dict__["forward"] = _Run(block, program)
                 stack.callback(block.__dict__.pop, "forward")
+        yield
+
+
+def _with_loops(model: nn.Module, fitted: Fitted, step: Callable[[], Timeline]) -> Timeline:
+    """Run a step with the loops in place of the blocks' own forwards."""
+    with _attached(model, fitted):
         return step()
 
 

@@ -2,16 +2,17 @@
 
 In training a plain step's operands stay until the backward. A region that runs as a loop keeps only
 what it reads, and the backward computes it again, part by part. What is kept does not depend on the
-chunk sizes, so the search has two parts: regions by the shortest path over kept bytes times a price
-plus seconds, at several prices; then, for each loop, the largest chunk size whose way back fits in
-what is left, read off two certificates.
+chunk sizes, so the search has two parts: regions by shortest paths, one for each amount of bytes
+that may be kept; then, for each loop, the largest chunk size whose way back fits in what is left,
+read off two certificates.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -20,20 +21,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hairpin.errors import MemoryBudgetError, TraceError
+from hairpin.graph.export import Traced, packed_outputs
 from hairpin.graph.memory import Flow, Step
 from hairpin.graph.meter import Meter, Timeline, fake_inputs, measure
+from hairpin.planning.again import is_hollow, is_product
 from hairpin.planning.choose import Choice
 from hairpin.planning.emit import EmissionError, Emitted, emit
 from hairpin.planning.loop import Loop
 from hairpin.planning.program import Program, Search, region_of
-from hairpin.planning.regions import Candidate, Walk, walk
+from hairpin.planning.regions import Candidate, Walk, flops, walk
 from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
-_PRICES_S_PER_BYTE = tuple(10.0 ** (-13 + place / 4) for place in range(29))
+_AMOUNTS = 512  # of kept bytes that paths are looked for at
+_MOST_WAYS = 127
+_FURTHER = (0, 2, 6)  # ways that are grown: the first that fits, and some that keep less
+_MOST_BANNED = 100  # regions that turned out not to be writable as a loop
 _ROUNDS = 3  # certificates that correct the chunk sizes
+_HALVINGS = 4  # of the chunk sizes after those
 _TURN_FACTOR = 2.5  # gradients and saved values of a turn over what its forward makes
-_TURN_BYTES = 24 << 20  # a turn larger than this is no faster
+_TURN_BYTES = 24 << 20  # a turn larger than this is no faster,
+_REREAD = 6  # unless it reads a sixth of what it makes whole, over and over
+_ORDERINGS = 12  # reads and writes of what a turn puts in another order, forward and back
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,9 @@ class TrainingProgram(Program):
 
     def _for(self, flat: Sequence[Any], lengths: Mapping[Any, int]) -> Program:
         room, margin = self.room(lengths), 0
+        if any(port.kind == "block" for port in self.traced.inputs):
+            # its blocks keep to budgets of their own, and cannot be run on shapes from in here
+            return replace(self, chunks=self.fit(lengths) or (1,) * len(self.chunks))
         for _ in range(0 if self.emitted.bound else _ROUNDS):
             chunks = self.fit(lengths, margin)
             if chunks is None:
@@ -104,6 +116,48 @@ def _all_bytes(flow: Flow) -> int:
     return sum(step.nbytes for step in flow.steps)
 
 
+@dataclass(frozen=True, eq=False)
+class Around:
+    """The code around a model's blocks, as the graph to be given loops.
+
+    Attributes:
+        model: its blocks run as they are attached now.
+        traced: the graph; a block is one step of it.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    traced: Traced
+
+    def measure(
+        self,
+        run: Callable[..., Any],
+        names: dict[int, Any] | None = None,
+        meter: Meter | None = None,
+    ) -> Timeline:
+        """Bytes along a forward and backward of the model, its own code replaced by ``run``.
+
+        Args:
+            run: takes the graph's inputs, and gives its outputs.
+            names: takes the storages of parameters and buffers, which count as inputs.
+        """
+        forward = type(self.model).forward.__get__(self.model)
+
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                if names is not None:
+                    names[tensor.untyped_storage()._cdata] = None
+            flat = self.traced.flat_inputs(self.model, forward, args, kwargs)
+            return packed_outputs(self.traced, list(run(*flat)))
+
+        self.model.__dict__["forward"] = instead
+        try:
+            return measure(self.model, self.args, self.kwargs, grad=True, meter=meter)
+        finally:
+            del self.model.__dict__["forward"]
+
+
 def make_training_program(
     search: Search,
     budget_bytes: int,
@@ -111,6 +165,7 @@ def make_training_program(
     speeds: Speeds,
     *,
     tries: int = 8,
+    around: Around | None = None,
 ) -> TrainingProgram:
     """The cheapest loops that keep forward and backward under a budget, certified on fake tensors.
 
@@ -119,14 +174,15 @@ def make_training_program(
             computed, and gradients, those of parameters among them.
         flat: the graph's inputs; those that need a gradient in training say ``requires_grad``.
         tries: programs that are certified.
+        around: where the graph is the code around a model's blocks.
 
     Raises:
         MemoryBudgetError: there is no way; ``floor_bytes`` says what was reached.
         TraceError: the graph has a step that cannot be trained in parts.
     """
     require_trainable(search)
-    paths = _Paths(search, flat, budget_bytes, speeds)
-    return replace(_Fit(search, paths, budget_bytes, flat).run(tries), speeds=speeds)
+    paths = _Paths(search, flat, budget_bytes, speeds, around)
+    return replace(_Fit(search, paths, budget_bytes, flat, around).run(tries), speeds=speeds)
 
 
 def require_trainable(search: Search) -> None:
@@ -151,7 +207,9 @@ def require_trainable(search: Search) -> None:
 # ------------------------------------------------------------------------------ what steps keep
 
 
-def saved_by_steps(search: Search, flat: Sequence[Any]) -> list[dict[Any, int]]:
+def saved_by_steps(
+    search: Search, flat: Sequence[Any], around: Around | None = None
+) -> list[dict[Any, int]]:
     """What autograd saves for each step: name of a storage -> bytes; inputs are not counted.
 
     A storage that is the value of a step goes by that step's root node, another by a number.
@@ -183,15 +241,28 @@ def saved_by_steps(search: Search, flat: Sequence[Any]) -> list[dict[Any, int]]:
                         names.setdefault(key, flow.steps[running[0]].root)
             return result
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = fake_inputs(list(flat), mode)
+    followed = Followed(fx.GraphModule(nn.Module(), graph))
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.inference_mode(mode=False), mode, torch.enable_grad(), hooks:
-        Followed(fx.GraphModule(nn.Module(), graph)).run(*fakes)
+    if around is not None:
+        with hooks:
+            around.measure(followed.run, names)
+    else:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = fake_inputs(list(flat), mode)
+        with torch.inference_mode(mode=False), mode, torch.enable_grad(), hooks:
+            followed.run(*fakes)
     return [
         {names.get(key, key): size for key, size in each.items() if names.get(key, key) is not None}
         for each in found
     ]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a region's cost needs beyond its :class:`Candidate`."""
+
+    hollow_flops: float
+    strided_bytes: int
 
 
 @dataclass(frozen=True)
@@ -208,13 +279,20 @@ class _Paths:
     """Ways through a graph, by what they keep and what they cost."""
 
     def __init__(
-        self, search: Search, flat: Sequence[Any], budget_bytes: int, speeds: Speeds
+        self,
+        search: Search,
+        flat: Sequence[Any],
+        budget_bytes: int,
+        speeds: Speeds,
+        around: Around | None,
     ) -> None:
         self.search, self.flow, self.speeds = search, search.flow, speeds
         self.budget_bytes = budget_bytes
-        self.saved = saved_by_steps(search, flat)
+        self.saved = saved_by_steps(search, flat, around)
         self.root_bytes = {s.node: s.nbytes for s in self.flow.steps if s.nbytes}
         self.first = self._first_uses()
+        self.last = {name: at for at, names in enumerate(self.saved) for name in names}
+        self.work: dict[Any, _Work] = {}
         self.edges: dict[int, list[_Edge]] = {mark: [] for mark in search.marks}
         self._plain()
         self._loops()
@@ -256,69 +334,118 @@ class _Paths:
         for (end, seed), found in groups.items():
             kept = _kept_by_loops(self, walk(self.flow, end, seed), [c.start for c in found])
             for candidate in found:
-                size = kept[candidate.start]
+                size, work = kept[candidate.start]
                 room = self.budget_bytes - size
                 if candidate.ahead_bytes > self.budget_bytes or room <= 0:
                     continue
+                self.work[candidate.key] = work
                 choice = self._choice(candidate, room)
                 if choice is not None:
                     edge = _Edge(end, size, choice.cost_s, choice)
                     self.edges[candidate.start].append(edge)
 
+    def kept_after(self, root: fx.Node, end: int) -> bool:
+        """Whether a storage counts as kept before ``end``, by a step, and is kept by a later."""
+        return self.first.get(root, end) < end <= self.last.get(root, -1)
+
+    def bytes_of(self, node: fx.Node) -> int:
+        """Of the storage that a value lies in; 0 for inputs of the graph."""
+        place = self.flow.index.get(node)
+        return 0 if place is None else self.root_bytes.get(self.flow.steps[place].root, 0)
+
     def _choice(self, candidate: Candidate, room: int) -> Choice | None:
         unit = max(candidate.turn_bytes * _TURN_FACTOR, 1.0)
-        chunk = int(min(room // 2, _TURN_BYTES * _TURN_FACTOR) // unit)
+        chunk = min(int(room // 2 // unit), _useful(candidate))
         if chunk < 1:
             if unit > room:
                 return None
             chunk = 1
-        chunk = min(chunk, candidate.units)
-        return Choice(candidate, chunk, self._cost_s(candidate, chunk))
+        return Choice(candidate, chunk, self.cost_s(candidate, chunk))
 
-    def _cost_s(self, c: Candidate, chunk: int) -> float:
+    def cost_s(self, c: Candidate, chunk: int) -> float:
         """Seconds beyond what the steps take where nothing is computed again."""
-        speeds = self.speeds
+        speeds, work = self.speeds, self.work[c.key]
         turns = -(-c.units // chunk)
         made = c.turn_bytes * c.units
-        again = c.product_flops / speeds.flops_per_s
+        products = c.product_flops / speeds.flops_per_s
+        again = products - work.hollow_flops / speeds.flops_per_s
         slower = 4 * c.thin_flops / chunk * speeds.rows / speeds.flops_per_s
         moved = (made + 2 * c.copied_bytes + c.repeated_bytes) / speeds.bytes_per_s
         each = speeds.turn_s * 4 + c.steps * speeds.step_s * 5
         weights = turns * c.reread_bytes * 3 / (speeds.bytes_per_s * 2)
-        return again + slower + moved + turns * each + weights
+        ordered = (turns - 1) * work.strided_bytes * _ORDERINGS / speeds.bytes_per_s
+        return again + slower + moved + turns * each + weights + ordered
 
-    def cheapest(self, price_s: float, banned: set[Any]) -> tuple[Choice, ...] | None:
-        """The way of least seconds plus price times kept bytes."""
+    def ways(self, banned: set[Any]) -> list[tuple[Choice, ...]]:
+        """Ways through the graph, none both slower and keeping more; the quickest first."""
         marks = self.search.marks
-        best: dict[int, tuple[float, int, Choice | None]] = {marks[0]: (0.0, marks[0], None)}
+        unit = max(self.budget_bytes / _AMOUNTS, 1.0)
+        best = {m: torch.full((_AMOUNTS + 1,), inf, dtype=torch.float64) for m in marks}
+        last = {m: torch.full((_AMOUNTS + 1,), -1) for m in marks}
+        best[marks[0]][0] = 0.0
+        taken: list[tuple[int, int, Choice | None]] = []
         for mark in marks[:-1]:
-            if mark not in best:
-                continue
-            base = best[mark][0]
-            for edge in self.edges[mark]:
-                if edge.choice is not None and edge.choice.candidate.key in banned:
+            for edge in _fewest(self.edges[mark], banned):
+                kept = round(edge.kept_bytes / unit)
+                if kept > _AMOUNTS:
                     continue
-                cost = base + edge.cost_s + price_s * edge.kept_bytes
-                if edge.end not in best or cost < best[edge.end][0]:
-                    best[edge.end] = (cost, mark, edge.choice)
-        if marks[-1] not in best:
-            return None
-        choices: list[Choice] = []
-        place = marks[-1]
-        while place != marks[0]:
-            _, place, taken = best[place]
-            if taken is not None:
-                choices.append(taken)
-        return tuple(choices[::-1])
+                found = best[mark][: _AMOUNTS + 1 - kept] + edge.cost_s
+                better = found < best[edge.end][kept:]
+                best[edge.end][kept:][better] = found[better]
+                last[edge.end][kept:][better] = len(taken)
+                taken.append((mark, kept, edge.choice))
+        ends = _falling(best[marks[-1]].tolist())
+        thin = ends[:: -(-len(ends) // _MOST_WAYS)] if ends else []
+        return [_way(marks, last, taken, kept) for kept in reversed(thin)]
 
 
-def _kept_by_loops(paths: _Paths, state: Walk, starts: Sequence[int]) -> dict[int, int]:
-    """Bytes kept by the regions that end where this walk began, by their starts."""
+def _fewest(edges: Sequence[_Edge], banned: set[Any]) -> Iterator[_Edge]:
+    """Edges that no other of the same end beats in both bytes and seconds."""
+    least: dict[int, float] = {}
+    for edge in sorted(edges, key=lambda e: (e.kept_bytes, e.cost_s)):
+        if edge.choice is not None and edge.choice.candidate.key in banned:
+            continue
+        if edge.cost_s < least.get(edge.end, inf):
+            least[edge.end] = edge.cost_s
+            yield edge
+
+
+def _falling(costs: Sequence[float]) -> list[int]:
+    """Places where a cost is less than at all places before."""
+    found, least = [], inf
+    for place, cost in enumerate(costs):
+        if cost < least:
+            found.append(place)
+            least = cost
+    return found
+
+
+def _way(
+    marks: Sequence[int],
+    last: Mapping[int, Tensor],
+    taken: Sequence[tuple[int, int, Choice | None]],
+    kept: int,
+) -> tuple[Choice, ...]:
+    """The loops on the best path that keeps this much."""
+    choices: list[Choice] = []
+    place = marks[-1]
+    while place != marks[0]:
+        place, less, choice = taken[int(last[place][kept])]
+        kept -= less
+        if choice is not None:
+            choices.append(choice)
+    return tuple(choices[::-1])
+
+
+def _kept_by_loops(
+    paths: _Paths, state: Walk, starts: Sequence[int]
+) -> dict[int, tuple[int, _Work]]:
+    """Bytes kept by the regions that end where this walk began, and their work, by their starts."""
     kept, found, wanted = _KeptByLoop(paths, state), {}, set(starts)
     for index in range(state.end - 1, min(wanted) - 1, -1):
         kept.take(paths.flow.steps[index])
         if index in wanted:
-            found[index] = kept.total(index)
+            found[index] = kept.total(index), kept.work()
     return found
 
 
@@ -330,6 +457,8 @@ class _KeptByLoop:
         before: storages that it keeps and that are made before the window as it is.
         inside: storages that its loop makes, which nobody keeps.
         made_bytes: of what it keeps and makes itself, ahead of the loop.
+        hollow: steps whose values no gradient depends on; ``hollow_flops``: of products there.
+        strided_bytes: taken whole by steps that copy them into another order in every turn.
     """
 
     paths: _Paths
@@ -337,22 +466,51 @@ class _KeptByLoop:
     before: dict[Any, int] = field(default_factory=dict)
     inside: set[Any] = field(default_factory=set)
     made_bytes: int = 0
+    hollow: set[fx.Node] = field(default_factory=set)
+    hollow_flops: float = 0.0
+    strided_bytes: int = 0
 
     def take(self, step: Step) -> None:
         """Widen the window by the step before it."""
         status = self.state.status.get(step.index, "unused")
         in_loop = status in {"loop", "both"}
+        if in_loop:
+            self._take_work(step)
         if step.node in self.paths.root_bytes:
             size = self.before.pop(step.node, 0)
             if status != "loop":
                 self.made_bytes += size
             if in_loop:
                 self.inside.add(step.node)
+            if status == "loop" and self.paths.kept_after(step.node, self.state.end):
+                self.made_bytes += self.paths.root_bytes[step.node]
         if in_loop:
             for root in self.paths.roots(step):
                 self.before.setdefault(root, self.paths.root_bytes[root])
         if status in {"ahead", "both"}:
             self._take_saved(step)
+
+    def _take_work(self, step: Step) -> None:
+        """What the backward need not compute again, and what each turn puts in another order."""
+        if is_hollow(step.node, self._valueless):
+            self.hollow.add(step.node)
+            self.hollow_flops += flops(step)
+        if step.operation is not None and step.operation.name == "aten.einsum":
+            self.strided_bytes += sum(
+                self.paths.bytes_of(source)
+                for source in step.inputs
+                if source in self.state.whole_in_loop
+            )
+
+    def _valueless(self, user: fx.Node) -> bool:
+        """Whether a step has no use for the value of a hollow operand."""
+        place = self.paths.flow.index.get(user)
+        outside = user.op == "output" or place is None or place >= self.state.end
+        return outside or (user in self.hollow and not is_product(user))
+
+    def work(self) -> "_Work":
+        """So far."""
+        return _Work(self.hollow_flops, self.strided_bytes)
 
     def _take_saved(self, step: Step) -> None:
         """What autograd saves for a step ahead of the loop."""
@@ -388,7 +546,9 @@ class Certificate:
     outside_bytes: int
 
 
-def certify_training(emitted: Emitted, flat: Sequence[Any], chunks: Sequence[int]) -> Certificate:
+def certify_training(
+    emitted: Emitted, flat: Sequence[Any], chunks: Sequence[int], around: Around | None = None
+) -> Certificate:
     """Bytes along one forward and backward of a graph with loops, exact, without running it."""
     meter = Meter()
     watched = _Watched(meter)
@@ -403,7 +563,10 @@ def certify_training(emitted: Emitted, flat: Sequence[Any], chunks: Sequence[int
     for place, loop in enumerate(loops):
         loop.watch = partial(watched, place)
     try:
-        timeline = measure(run, list(flat), grad=True, meter=meter)
+        if around is not None:
+            timeline = around.measure(run, meter=meter)
+        else:
+            timeline = measure(run, list(flat), grad=True, meter=meter)
     finally:
         for loop in loops:
             loop.watch = nullcontext
@@ -460,45 +623,73 @@ class _Fit:
     """Looks for the cheapest path whose certificate fits."""
 
     def __init__(
-        self, search: Search, paths: _Paths, budget_bytes: int, flat: Sequence[Any]
+        self,
+        search: Search,
+        paths: _Paths,
+        budget_bytes: int,
+        flat: Sequence[Any],
+        around: Around | None,
     ) -> None:
-        self.search, self.paths, self.flat = search, paths, list(flat)
+        self.search, self.paths, self.flat, self.around = search, paths, list(flat), around
         self.budget_bytes = budget_bytes
         self.banned: set[Any] = set()
         self.least_bytes = 1 << 62
 
     def run(self, tries: int) -> TrainingProgram:
-        """The cheapest that fits among the paths, by bisection over the price."""
-        options = self._options()
-        low, high = 0, len(options) - 1
-        best: TrainingProgram | None = None
+        """The cheapest that fits among the ways, by bisection over what they keep."""
+        ways = self.paths.ways(self.banned)
+        low, high = 0, len(ways) - 1
+        if self.around is not None and not self._leanest_fits(ways):
+            raise self._out_of_reach()
+        fitting: dict[int, tuple[Emitted, Certificate]] = {}
         while low <= high and tries:
             tries -= 1
             middle = (low + high) // 2
             try:
-                program = self._fitted(options[middle])
+                found = self._least(ways[middle])
             except EmissionError:
-                options = self._options()
-                low, high = min(low, len(options) - 1), min(high, len(options) - 1)
+                ways, fitting = self.paths.ways(self.banned), {}
+                low, high = 0, len(ways) - 1
+                tries += len(self.banned) < _MOST_BANNED
                 continue
-            if program is None:
+            if found is None:
                 low = middle + 1
             else:
-                best, high = program, middle - 1
-        if best is None:
+                fitting[middle] = found
+                high = middle - 1
+        if not fitting:
             raise self._out_of_reach()
-        return best
+        return self._quickest(ways, fitting)
 
-    def _options(self) -> list[tuple[Choice, ...]]:
-        """Distinct paths, those that keep most first."""
-        found: list[tuple[Choice, ...]] = []
-        for price in (0.0, *_PRICES_S_PER_BYTE):
-            path = self.paths.cheapest(price, self.banned)
-            if path is not None and (not found or path != found[-1]):
-                found.append(path)
-        return found
+    def _leanest_fits(self, ways: Sequence[tuple[Choice, ...]]) -> bool:
+        """Whether there is any use in looking: a certificate of a whole model takes its time."""
+        try:
+            return bool(ways) and self._least(ways[-1]) is not None
+        except EmissionError:
+            return True
 
-    def _fitted(self, choices: tuple[Choice, ...]) -> TrainingProgram | None:
+    def _quickest(
+        self,
+        ways: Sequence[tuple[Choice, ...]],
+        fitting: dict[int, tuple[Emitted, Certificate]],
+    ) -> TrainingProgram:
+        """Of some ways that fit, the cheapest with the chunk sizes that there is room for."""
+        first, programs = min(fitting), []
+        for place in sorted({min(first + further, max(fitting)) for further in _FURTHER}):
+            try:
+                found = fitting.get(place) or self._least(ways[place])
+            except EmissionError:
+                continue
+            if found is not None:
+                programs.append(self._grown(ways[place], *found))
+        return min(programs, key=self._cost_s)
+
+    def _cost_s(self, program: TrainingProgram) -> float:
+        pairs = zip(program.choices, program.chunks, strict=True)
+        return sum(self.paths.cost_s(choice.candidate, chunk) for choice, chunk in pairs)
+
+    def _least(self, choices: tuple[Choice, ...]) -> tuple[Emitted, Certificate] | None:
+        """The loops written out, certified at chunk size 1; None where that is too much."""
         try:
             regions = [region_of(choice.candidate) for choice in choices]
             emitted = emit(self.search.flow, regions, reuse=False)
@@ -506,9 +697,7 @@ class _Fit:
             self.banned.add(choices[error.place].candidate.key)
             raise
         least = self._certify(emitted, (1,) * len(choices))
-        if least.timeline.peak_bytes > self.budget_bytes:
-            return None
-        return self._grown(choices, emitted, least)
+        return (emitted, least) if least.timeline.peak_bytes <= self.budget_bytes else None
 
     def _grown(
         self, choices: tuple[Choice, ...], emitted: Emitted, least: Certificate
@@ -518,7 +707,7 @@ class _Fit:
         fits = [(1, peak) for peak in least.loops]
         chunks, certificate = tuple(wanted), least
         laws = [(float(peak), 0.0) for peak in least.loops]
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS + _HALVINGS):
             found = self._certify(emitted, chunks)
             laws = [
                 _law(fit, (chunk, peak)) if chunk > fit[0] else law
@@ -527,12 +716,10 @@ class _Fit:
             if found.timeline.peak_bytes <= self.budget_bytes:
                 certificate = found
                 break
-            chunks = tuple(
-                chunk
-                if peak <= self.budget_bytes
-                else max(1, min(chunk - 1, int((self.budget_bytes - law[0]) / max(law[1], 1.0))))
-                for chunk, peak, law in zip(chunks, found.loops, laws, strict=True)
-            )
+            if turn < _ROUNDS:
+                chunks = self._smaller(chunks, found.loops, laws)
+            else:
+                chunks = tuple(max(1, chunk // 2) for chunk in chunks)
         else:
             chunks = tuple(1 for _ in choices)
         return TrainingProgram(
@@ -549,8 +736,19 @@ class _Fit:
             loop_peaks=tuple(laws),
         )
 
+    def _smaller(
+        self, chunks: Sequence[int], peaks: Sequence[int], laws: Sequence[tuple[float, float]]
+    ) -> tuple[int, ...]:
+        """Chunk sizes for the loops that held too much, by the laws of their peaks."""
+        return tuple(
+            chunk
+            if peak <= self.budget_bytes
+            else max(1, min(chunk - 1, int((self.budget_bytes - law[0]) / max(law[1], 1.0))))
+            for chunk, peak, law in zip(chunks, peaks, laws, strict=True)
+        )
+
     def _certify(self, emitted: Emitted, chunks: Sequence[int]) -> Certificate:
-        found = certify_training(emitted, self.flat, chunks)
+        found = certify_training(emitted, self.flat, chunks, self.around)
         self.least_bytes = min(self.least_bytes, found.timeline.peak_bytes)
         return found
 
@@ -568,7 +766,8 @@ class _Fit:
 def _useful(candidate: Candidate) -> int:
     """The chunk size beyond which turns only take more memory; equal turns."""
     unit = max(candidate.turn_bytes, 1.0)
-    most = max(1, min(candidate.units, int(_TURN_BYTES // unit)))
+    enough = max(_TURN_BYTES, _REREAD * candidate.reread_bytes)
+    most = max(1, min(candidate.units, int(enough // unit)))
     return -(-candidate.units // -(-candidate.units // most))
 
 

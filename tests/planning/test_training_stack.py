@@ -1,0 +1,103 @@
+"""Budgets for the training of stacks: loops in blocks, and over the head and the loss."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hairpin as hp
+from hairpin.run.profile import peak_cpu_bytes
+
+
+class Layer(nn.Module):
+    """Causal attention in one kernel, and a wide MLP: ``x[b, n, 16]``."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.p if self.training else 0.0
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(-2))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Language(nn.Module):
+    """Two layers, a head over many words, and the loss: ``tokens[b, n] -> []``."""
+
+    def __init__(self, words: int = 600, p: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, 16)
+        self.layers = nn.ModuleList(Layer(p) for _ in range(2))
+        self.head = nn.Linear(16, words, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        labels = nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def _language(p: float = 0.0) -> tuple[Language, Tensor]:
+    torch.manual_seed(0)
+    return Language(p=p).double().train(), torch.randint(0, 600, (1, 300))
+
+
+def _gradients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(tokens)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def _step_peak(model: nn.Module, tokens: Tensor) -> int:
+    model.zero_grad()
+    peak = peak_cpu_bytes(lambda: model(tokens).backward())
+    model.zero_grad()
+    return peak
+
+
+def test_head_and_loss_run_as_a_loop() -> None:
+    model, tokens = _language()
+    truth, whole = _gradients(model, tokens), hp.estimate(model, tokens, backward=True)
+    plan = hp.plan(model, tokens, memory=int(0.5 * whole), backward=True)
+    assert [loops.modules for loops in plan.loops if "" in loops.modules] == [("",)]
+    hp.parallelize(model, plan)
+    for mine, true in zip(_gradients(model, tokens), truth, strict=True):
+        assert float((mine - true).norm()) <= 1e-12 * float(true.norm())
+    assert hp.estimate(model, tokens, backward=True) == plan.peak_bytes <= int(0.5 * whole)
+    assert _step_peak(model, tokens) <= plan.peak_bytes
+    assert _step_peak(model, tokens) == pytest.approx(plan.peak_bytes, rel=2e-3)
+
+
+def test_other_lengths_of_head_and_loss() -> None:
+    model, tokens = _language()
+    plan = hp.plan(
+        model, tokens, memory=int(0.5 * hp.estimate(model, tokens, backward=True)), backward=True
+    )
+    shorter = tokens[:, :211]
+    truth = _gradients(model, shorter)
+    hp.parallelize(model, plan)
+    for mine, true in zip(_gradients(model, shorter), truth, strict=True):
+        assert float((mine - true).norm()) <= 1e-12 * float(true.norm())
+    assert _step_peak(model, shorter) <= plan.peak_bytes
+
+
+def test_dropout_inside_attention_is_drawn_by_position() -> None:
+    model, tokens = _language(p=0.2)
+    whole = hp.estimate(model, tokens, backward=True)
+    found = []
+    for ratio in (0.6, 0.45):
+        plan = hp.plan(model, tokens, memory=int(ratio * whole), backward=True)
+        assert not plan.left
+        assert any("layers.0" in loops.modules for loops in plan.loops)
+        hp.parallelize(model, plan)
+        torch.manual_seed(3)
+        found.append(_gradients(model, tokens))
+        hp.detach(model)
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) <= 1e-12 * float(other.norm())
