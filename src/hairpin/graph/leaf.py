@@ -219,7 +219,7 @@ class BlockCall:
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
         forward = vars(self.block).get("forward")
-        if self.call.recipes and hasattr(forward, "from_given"):
+        if self.call.recipes and forward is not None and hasattr(forward, "from_given"):
             return list(tree_flatten(forward.from_given(self.call, tensors))[0])
         args, kwargs = self.call.arguments(tensors)
         return list(tree_flatten(self.block(*args, **kwargs))[0])

@@ -73,8 +73,9 @@ def sink(around: Traced, groups: Sequence[Sequence[str]], least_bytes: int) -> S
             continue
         for path, recipes in zip(called, found, strict=True):
             node = nodes[path]
-            place = around.placeholders.index(node.args[0])
-            node.args = (node.args[0], *_arguments(node, recipes))
+            block: Any = node.args[0]
+            place = around.placeholders.index(block)
+            node.args = (block, *_arguments(node, recipes))
             made = tuple(each.recipe for each in recipes)
             ports[place] = Port("block", path, replace(ports[place].call, recipes=made))
             calls[path] = tuple(n.meta["val"] for n in node.args[1:])  # type: ignore[union-attr]

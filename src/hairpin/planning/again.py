@@ -100,7 +100,7 @@ def again(body: fx.GraphModule, cuts: Sequence[Any], before: int) -> Again:
             made[node] = graph.call_function(product, (*args, *to, *tensors))
         elif _is_batched(node):
             to = tuple(places[x] if x in summed else None for x in node.args)
-            pair = (made[x] for x in node.args)  # type: ignore[index]
+            pair = (made[x] for x in node.args)
             made[node] = graph.call_function(batched, (totals, node in hollow, *to, *pair))
         elif node.target in _COPIES and node in hollow:
             made[node] = made[node.args[0]]

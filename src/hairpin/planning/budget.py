@@ -81,14 +81,14 @@ def fit(
     except MemoryBudgetError as error:
         if graphs.around is not None or blocks is not None:
             raise
-        graphs.look_around()
-        if graphs.around is None:
-            raise
-        return _fit_again(graphs, speeds or Speeds(), error)
+        return _fit_around(graphs, speeds or Speeds(), error)
 
 
-def _fit_again(graphs: Graphs, speeds: Speeds, first: MemoryBudgetError) -> Fitted:
+def _fit_around(graphs: Graphs, speeds: Speeds, first: MemoryBudgetError) -> Fitted:
     """The same with the graph around the blocks, which holds less than the model's own code."""
+    graphs.look_around()
+    if graphs.around is None:
+        raise first
     try:
         return _Fit(graphs, speeds).run()
     except MemoryBudgetError as error:
