@@ -32,9 +32,9 @@ class Span:
 
     dim: int
     unit: int = 1
-    blocks: int = 1
     before: int = 0
     after: int = 0
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _cuts(ours: Dims, theirs: Dims) -> list[tuple[Span, Span]]:
 def _inner(dims: Dims, merged: int) -> list[tuple[int, Span]]:
     """All dims but the slowest, and where their parts lie in the dim ``merged`` of them all."""
     return [
-        (d, Span(merged, _size(dims[at + 1 :]), _size(dims[:at])))
+        (d, Span(merged, _size(dims[at + 1 :]), blocks=_size(dims[:at])))
         for at, (d, _) in enumerate(dims)
         if at > 0
     ]
