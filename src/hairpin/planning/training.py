@@ -7,6 +7,7 @@ that may be kept; then, for each loop, the largest chunk size whose way back fit
 read off two certificates.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -231,14 +232,14 @@ def saved_by_steps(
         def run_node(self, n: fx.Node) -> Any:
             running[0] = flow.index.get(n, -1)
             result = super().run_node(n)
-            for value in tree_leaves(result):
+            for place, value in enumerate(tree_leaves(result)):
                 if isinstance(value, Tensor):
                     keep.append(value)
                     key = value.untyped_storage()._cdata
                     if n.op == "placeholder":
                         names.setdefault(key, None)
                     elif running[0] >= 0:
-                        names.setdefault(key, flow.steps[running[0]].root)
+                        names.setdefault(key, _maker(flow, n, place))
             return result
 
     followed = Followed(fx.GraphModule(nn.Module(), graph))
@@ -255,6 +256,14 @@ def saved_by_steps(
         {names.get(key, key): size for key, size in each.items() if names.get(key, key) is not None}
         for each in found
     ]
+
+
+def _maker(flow: Flow, node: fx.Node, place: int) -> fx.Node:
+    """The step that a storage is named by: of one of several results, what picks it."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == place and user in flow.index:
+            return flow.steps[flow.index[user]].root
+    return flow.steps[flow.index[node]].root
 
 
 @dataclass(frozen=True)
@@ -345,8 +354,8 @@ class _Paths:
                     self.edges[candidate.start].append(edge)
 
     def kept_after(self, root: fx.Node, end: int) -> bool:
-        """Whether a storage counts as kept before ``end``, by a step, and is kept by a later."""
-        return self.first.get(root, end) < end <= self.last.get(root, -1)
+        """Whether a storage counts as kept before ``end``, by a step, and is read by a later."""
+        return self.first.get(root, end) < end <= self.flow.storage_end.get(root, -1)
 
     def bytes_of(self, node: fx.Node) -> int:
         """Of the storage that a value lies in; 0 for inputs of the graph."""
@@ -644,7 +653,7 @@ class _Fit:
         fitting: dict[int, tuple[Emitted, Certificate]] = {}
         while low <= high and tries:
             tries -= 1
-            middle = (low + high) // 2
+            middle = (low + high) // 2 if tries or fitting else high
             try:
                 found = self._least(ways[middle])
             except EmissionError:
