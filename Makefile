@@ -30,12 +30,12 @@ $(VENV)/run.stamp: pyproject.toml
 	@echo "installing torch"
 	@$(PIP) install $(PIP_FLAGS) "$(TORCH)"
 	@echo "installing hairpin"
-	@$(PIP) install $(PIP_FLAGS) --editable ".[video,report]"
+	@$(PIP) install $(PIP_FLAGS) --editable ".[video,fold,report]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "installing the tools for tests and docs"
-	@$(PIP) install $(PIP_FLAGS) --editable ".[video,report,hf,docs,dev]"
+	@$(PIP) install $(PIP_FLAGS) --editable ".[video,fold,report,hf,docs,dev]"
 	@touch $@
 
 # Goes on from the checkpoint that the repository carries, so that minutes of training are enough.

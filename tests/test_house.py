@@ -263,7 +263,18 @@ def test_the_error_page_names_every_error():
 # ------------------------------------------------------------------------------------ what it costs
 
 
-EXTRAS = ["sklearn", "PIL", "matplotlib", "jinja2", "diffusers", "transformers", "esm", "triton"]
+EXTRAS = [
+    "sklearn",
+    "PIL",
+    "matplotlib",
+    "jinja2",
+    "diffusers",
+    "transformers",
+    "esm",
+    "triton",
+    "gemmi",
+    "safetensors",
+]
 
 
 def python(code: str, *, path: Path = ROOT / "src") -> subprocess.CompletedProcess[str]:

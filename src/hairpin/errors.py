@@ -56,6 +56,14 @@ class DataError(HairpinError, ValueError):
     """Input data are missing or malformed."""
 
 
+class FoldInputError(HairpinError, ValueError):
+    """A target, alignment, template or structure to fold or score from cannot be used."""
+
+
+class WeightsError(HairpinError, ValueError):
+    """A model's parameters are missing, or are not those of this model."""
+
+
 class OutputError(HairpinError, OSError):
     """An output folder or file cannot be written."""
 

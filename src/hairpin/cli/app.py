@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import hairpin
-from hairpin.cli import bench, doctor, plan, profile, sample, show, train
+from hairpin.cli import bench, doctor, fold, plan, profile, sample, score, show, train, verify
 from hairpin.cli.output import print_text, say
 from hairpin.errors import CommError, HairpinError, RankFailed
 
@@ -31,8 +31,11 @@ app.command("sample")(sample.sample)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("show")(show.show)
+app.command("fold")(fold.fold)
+app.command("score")(score.score)
 app.command("profile")(profile.profile)
 app.add_typer(bench.app, name="bench")
+app.add_typer(verify.app, name="verify")
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer hands it over by position

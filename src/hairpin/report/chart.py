@@ -9,7 +9,7 @@ from hairpin.errors import MissingExtraError
 
 # Colours nothing else uses, replaced in the finished SVG by the page's own.
 _COLOURS = {"#010203": "var(--ink)", "#040506": "var(--rule)", "#070809": "var(--accent)"}
-_INK, _RULE, _ACCENT = _COLOURS
+INK, RULE, _ACCENT = _COLOURS
 
 
 def loss_chart(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -32,17 +32,17 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]]) -> str:
     axes.plot(steps, losses, color=_ACCENT, alpha=0.3, linewidth=0.8)
     axes.plot(steps, running_mean(losses, window=max(1, len(losses) // 50)), color=_ACCENT, lw=2)
     axes.set_yscale("log")
-    axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel("loss", color=_INK)
-    axes.grid(color=_RULE, linewidth=0.6, axis="y")
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("loss", color=INK)
+    axes.grid(color=RULE, linewidth=0.6, axis="y")
     axes.margins(x=0.01)
-    axes.tick_params(colors=_INK, which="both", length=0)
+    axes.tick_params(colors=INK, which="both", length=0)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_RULE)
+        spine.set_color(RULE)
     return to_svg(figure)
 
 

@@ -1,0 +1,407 @@
+"""``hairpin fold``: structures of proteins and complexes from alignments and parameters."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hairpin.cli.output import print_json, print_text, say
+from hairpin.errors import HairpinError, OutputError, RecipeError, WeightsError
+
+if TYPE_CHECKING:
+    from hairpin.run.fold import FoldModel, Prediction
+    from hairpin.run.fold_inputs import FoldTarget
+
+_SOME_FAILED = 1  # exit code where targets of a folder failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the command line asks for, the same for every target."""
+
+    alignments: Sequence[Path]
+    templates: Path | None
+    hits: Path | None
+    params: Sequence[Path]
+    random_weights: str | None
+    seed: int
+    recycles: int | None
+    tolerance: float | None
+    memory: str | None
+    device: str
+    relax: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a target."""
+
+    name: str
+    folder: Path
+    predictions: "Sequence[Prediction]" = ()
+    files: Sequence[Path] = ()
+    error: str = ""
+
+
+def fold(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TARGET", help="A FASTA file, several sequences being one complex; or a folder."
+        ),
+    ],
+    *,
+    msa: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE|FOLDER", help="An alignment, .a3m or .sto; may be repeated."),
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Structures to use as templates.")
+    ] = None,
+    hits: Annotated[
+        Path | None, typer.Option(metavar="FILE.hhr", help="How HHsearch aligns the templates.")
+    ] = None,
+    params: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.npz", help="Parameters of a model; may be repeated."),
+    ] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="Rehearse with random parameters: tiny, model_1_ptm."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for everything; fold_NAME if left out."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of MSA sampling and masking.")] = 0,
+    recycles: Annotated[
+        int | None, typer.Option(min=0, help="Recycles; the model's own number if left out.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop recycling when distances change by less, in Angstrom."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Most that activations may take: 8GiB."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    relax: Annotated[
+        bool, typer.Option("--relax", help="Also minimise the best structure with OpenMM.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what memory and time it would take.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print paths and scores as JSON.")] = False,
+) -> None:
+    """Fold proteins: structures, scores, plots and a page, from alignments and parameters."""
+    wishes = Wishes(
+        alignments=msa or (),
+        templates=templates,
+        hits=hits,
+        params=params or (),
+        random_weights=random_weights,
+        seed=seed,
+        recycles=recycles,
+        tolerance=tolerance,
+        memory=memory,
+        device=device,
+        relax=relax,
+    )
+    if estimate:
+        _estimate(target, wishes, json=json)
+        return
+    _check(wishes)
+    out = out or Path(f"fold_{target.stem or 'targets'}")
+    if target.is_dir():
+        _fold_folder(target, out, wishes, json=json)
+        return
+    result = _fold_one(target, out, Models(wishes), wishes)
+    if json:
+        print_json(_as_data(result))
+    else:
+        print_text("\n".join(_summary(result)))
+
+
+def _check(wishes: Wishes) -> None:
+    """Refuse before anything is read what would be refused after minutes."""
+    from hairpin.report.fold.plots import require_matplotlib
+    from hairpin.units import parse_bytes
+
+    if wishes.memory is not None:
+        parse_bytes(wishes.memory)
+    if wishes.params and wishes.random_weights:
+        raise RecipeError("--params and --random-weights exclude each other; give one of them")
+    if not wishes.params and not wishes.random_weights:
+        from hairpin.run.fold import DOWNLOAD
+
+        raise WeightsError(f"no parameters were given: {DOWNLOAD}")
+    missing = [path for path in wishes.params if not path.is_file()]
+    if missing:
+        from hairpin.run.fold import DOWNLOAD
+
+        raise WeightsError(f"{missing[0]}: there is no such file; {DOWNLOAD}")
+    names = [path.stem for path in wishes.params]
+    if len(set(names)) < len(names):
+        raise RecipeError("two of the files given with --params have one name; rename one")
+    require_matplotlib()
+
+
+@dataclass
+class Models:
+    """The models asked for, each built once."""
+
+    wishes: Wishes
+    _built: "dict[Any, FoldModel]" = field(default_factory=dict)
+
+    def of(self, target: "FoldTarget") -> "list[FoldModel]":
+        """Those to fold a target with."""
+        from hairpin.run.fold import model_from_file, random_model
+
+        wishes = self.wishes
+        changes = {} if wishes.tolerance is None else {"recycle_tolerance": wishes.tolerance}
+        if wishes.random_weights is not None:
+            several = len(target.chains) > 1
+            if several not in self._built:
+                self._built[several] = random_model(
+                    wishes.random_weights, seed=wishes.seed, multimer=several, **changes
+                )
+            return [self._built[several]]
+        for path in wishes.params:
+            if path not in self._built:
+                self._built[path] = model_from_file(path, **changes)
+        return [self._built[path] for path in wishes.params]
+
+
+def _fold_one(fasta: Path, out: Path, models: Models, wishes: Wishes) -> Result:
+    """Fold one target into a folder.
+
+    Raises:
+        HairpinError: anything about it is wrong.
+    """
+    from hairpin.run.checkpoint import require_writable
+    from hairpin.run.fold import predict, ranked, require_fit, write_structures
+    from hairpin.run.fold_estimate import require_room
+    from hairpin.run.fold_inputs import read_fold_target
+    from hairpin.run.fold_progress import FoldProgress
+
+    target = read_fold_target(
+        fasta, wishes.alignments, templates=wishes.templates, hits=wishes.hits
+    )
+    for note in target.notes:
+        say(f"{target.name}: {note}")
+    folder = require_writable(out)
+    used = models.of(target)
+    device = pick_device(wishes.device)
+    predictions: list[Prediction] = []
+    files: list[Path] = []
+    for model in used:
+        require_fit(model.config, target)
+        times = model.config.recycles if wishes.recycles is None else wishes.recycles
+        if wishes.memory is None:
+            require_room(model.config, target, device, recycles=times)
+        if model.rehearsal:
+            say(model.rehearsal)
+        with FoldProgress(f"{target.name}, {model.name}", times + 1) as progress:
+            prediction = predict(
+                model,
+                target,
+                seed=wishes.seed,
+                recycles=times,
+                memory=wishes.memory,
+                device=device,
+                on_block=progress,
+                progress=progress.say,
+            )
+        predictions.append(prediction)
+        files += write_structures(prediction, folder)
+    best_first = ranked(predictions)
+    files += _write_rest(target, best_first, folder)
+    if wishes.relax:
+        files += _relaxed(best_first[0], folder)
+    return Result(target.name, folder, best_first, files)
+
+
+def _write_rest(
+    target: "FoldTarget", predictions: "Sequence[Prediction]", folder: Path
+) -> list[Path]:
+    """Scores, plots and the page."""
+    import json
+
+    from hairpin.report.fold.page import FoldPage, write_page, write_plots
+    from hairpin.run.fold import scores_of
+    from hairpin.run.fold_inputs import coverage_letters
+
+    scores = folder / "scores.json"
+    try:
+        scores.write_text(json.dumps(scores_of(target, predictions)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {scores}: {error.strerror or error}") from error
+    page = FoldPage(
+        name=target.name,
+        predictions=predictions,
+        structures=[(folder / f"{p.model}.pdb").read_text(encoding="utf-8") for p in predictions],
+        letters=coverage_letters(target),
+        command=shlex.join(["hairpin", *sys.argv[1:]]),
+        notes=target.notes,
+    )
+    plots = write_plots(page, folder)
+    write_page(folder / "index.html", page)
+    return [scores, *plots, folder / "index.html"]
+
+
+def _relaxed(prediction: "Prediction", folder: Path) -> list[Path]:
+    """The best structure minimised, or a line that says why not."""
+    from hairpin.run.relax import relax_file
+
+    source, target = folder / f"{prediction.model}.pdb", folder / f"{prediction.model}_relaxed.pdb"
+    try:
+        report = relax_file(source, target, remark=prediction.rehearsal)
+    except HairpinError as error:
+        say(f"{source.name} is not relaxed: {error}")
+        return []
+    say(f"{target.name}: {report}")
+    return [target]
+
+
+def _fold_folder(folder: Path, out: Path, wishes: Wishes, *, json: bool) -> None:
+    """Fold every FASTA file of a folder; those that fail do not stop the others."""
+    from hairpin.run.checkpoint import require_writable
+    from hairpin.run.fold_inputs import targets_in
+
+    models, results = Models(wishes), []
+    paths = targets_in(folder)
+    require_writable(out)
+    for number, fasta in enumerate(paths, start=1):
+        say(f"{number}/{len(paths)}: {fasta.name}")
+        try:
+            results.append(_fold_one(fasta, out / fasta.stem, models, wishes))
+        except HairpinError as error:
+            say(f"{fasta.name}: {error}")
+            results.append(Result(fasta.stem, out / fasta.stem, error=str(error)))
+    if json:
+        print_json([_as_data(result) for result in results])
+    else:
+        print_text(_table(results))
+    failed = sum(bool(result.error) for result in results)
+    if failed:
+        say(f"{failed} of {len(results)} targets failed")
+        raise typer.Exit(_SOME_FAILED)
+
+
+def _table(results: Sequence[Result]) -> str:
+    from hairpin.units import format_time
+
+    rows = [("target", "residues", "model", "pLDDT", "pTM", "ipTM", "time", "result")]
+    for result in results:
+        if result.error:
+            reason = result.error.splitlines()[0]
+            rows.append((result.name, "", "", "", "", "", "", f"failed: {reason}"))
+            continue
+        best = result.predictions[0]
+        spent_s = sum(p.time_s for p in result.predictions)
+        rows.append(
+            (
+                result.name,
+                str(sum(best.lengths)),
+                best.model,
+                f"{best.mean_plddt:.1f}",
+                _figure(best.ptm),
+                _figure(best.iptm),
+                format_time(spent_s),
+                str(result.folder / "index.html"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(f"{text:<{w}}" for text, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _as_data(result: Result) -> dict[str, Any]:
+    if result.error:
+        return {"target": result.name, "error": result.error}
+    return {
+        "target": result.name,
+        "rehearsal": result.predictions[0].rehearsal or None,
+        "files": [str(path) for path in result.files],
+        "models": [
+            {
+                "model": p.model,
+                "ranking_score": p.ranking,
+                "mean_plddt": p.mean_plddt,
+                "ptm": p.ptm,
+                "iptm": p.iptm,
+                "recycles": p.recycles,
+                "time_s": p.time_s,
+                "peak_bytes": p.peak_bytes,
+            }
+            for p in result.predictions
+        ],
+    }
+
+
+def _summary(result: Result) -> list[str]:
+    from hairpin.units import format_bytes, format_time
+
+    lines = [result.predictions[0].rehearsal] if result.predictions[0].rehearsal else []
+    for rank, p in enumerate(result.predictions, start=1):
+        more = "".join(
+            f"  {name} {value:.3f}"
+            for name, value in (("pTM", p.ptm), ("ipTM", p.iptm))
+            if value is not None
+        )
+        lines.append(
+            f"{rank}  {p.model}  pLDDT {p.mean_plddt:.1f}{more}  {p.recycles} recycles  "
+            f"{format_time(p.time_s)}  peak {format_bytes(p.peak_bytes)}"
+        )
+    return [*lines, str(result.folder / "index.html")]
+
+
+def _estimate(target: Path, wishes: Wishes, *, json: bool) -> None:
+    from dataclasses import asdict
+
+    from hairpin.run.fold_estimate import estimate_fold, table
+
+    found = estimate_fold(
+        target,
+        wishes.alignments,
+        params=wishes.params,
+        preset=wishes.random_weights,
+        recycles=wishes.recycles,
+        progress=say,
+    )
+    if json:
+        print_json(asdict(found))
+    else:
+        print_text(table(found))
+
+
+def pick_device(name: str) -> Any:
+    """The device of a name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        RecipeError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: no such device; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: this machine has no GPU that torch can use; take cpu")
+    return device

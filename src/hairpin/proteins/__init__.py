@@ -1,0 +1,1 @@
+"""Proteins as data: residues and atoms, sequences, alignments, structures, features."""

@@ -1,0 +1,313 @@
+"""Folding with a tiny model: targets from files, predictions, memory counted before and after."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hairpin.errors import FoldInputError, MemoryBudgetError, RecipeError, WeightsError
+from hairpin.models.alphafold import presets, weights
+from hairpin.run import fold_estimate
+from hairpin.run.fold import (
+    digest,
+    expected_distances,
+    features_of,
+    model_from_file,
+    out_of_memory,
+    predict,
+    random_model,
+    ranked,
+    scores_of,
+    write_structures,
+)
+from hairpin.run.fold_inputs import coverage_letters, read_fold_target, targets_in
+
+PROTEINS = Path(__file__).parents[2] / "../shared/data/proteins"
+SEQUENCE = "MAAHKGAEHHHKAAEHH"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "one.fasta").write_text(f">query\n{SEQUENCE}\n")
+    (tmp_path / "one.a3m").write_text(
+        f">query\n{SEQUENCE}\n>a\n{SEQUENCE[:10]}-------\n>b\nMAAHKaaGAEWWWKAAEHH\n"
+    )
+    (tmp_path / "two.fasta").write_text(f">x\n{SEQUENCE}\n>y\nGAVLIM\n>z\n{SEQUENCE}\n")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_multimer():
+    return random_model("tiny", multimer=True, recycle_tolerance=None)
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+def test_an_alignment_belongs_to_the_chain_that_is_its_first_row(files):
+    target = read_fold_target(files / "two.fasta", [files / "one.a3m"])
+    assert target.names == ("A", "B", "C")
+    assert [len(chain.alignments) for chain in target.chains] == [1, 0, 1]
+    letters = coverage_letters(target)
+    assert letters.shape == (1 + 2 + 2, 2 * len(SEQUENCE) + 6)
+    rows = [row.tobytes().decode() for row in letters]
+    assert rows[0] == SEQUENCE + "GAVLIM" + SEQUENCE
+    assert rows[1] == SEQUENCE[:10] + "-" * (7 + 6 + len(SEQUENCE))
+    assert rows[4] == "-" * (len(SEQUENCE) + 6) + "MAAHKGAEWWWKAAEHH"
+
+
+def test_alignments_are_found_by_name_in_a_folder(files):
+    target = read_fold_target(files / "one.fasta", [files])
+    assert len(target.chains[0].alignments) == 1
+    assert any("below 30" in note for note in target.notes)
+
+
+def test_without_an_alignment_a_note_says_what_that_costs(files):
+    target = read_fold_target(files / "one.fasta")
+    assert any("accuracy will suffer" in note for note in target.notes)
+    assert coverage_letters(target) is None
+
+
+def test_an_alignment_of_none_of_the_chains_is_refused(files):
+    (files / "other.a3m").write_text(">q\nWWWWWW\n")
+    with pytest.raises(FoldInputError, match=r"other\.a3m: the first row is none of the 3 chains"):
+        read_fold_target(files / "two.fasta", [files / "other.a3m"])
+
+
+def test_hits_need_the_folder_of_structures(files):
+    with pytest.raises(FoldInputError, match="give their folder with --templates"):
+        read_fold_target(files / "one.fasta", hits=files / "x.hhr")
+    with pytest.raises(FoldInputError, match="no such folder"):
+        read_fold_target(files / "one.fasta", templates=files / "none")
+
+
+def test_a_folder_without_fasta_files(tmp_path):
+    with pytest.raises(FoldInputError, match="no FASTA file in this folder"):
+        targets_in(tmp_path)
+
+
+@pytest.mark.skipif(not PROTEINS.is_dir(), reason="shared/data/proteins is absent")
+def test_templates_from_a_folder(tiny):
+    folder = PROTEINS / "short73"
+    msas = [folder / "mgnify_hits.sto"]
+    target = read_fold_target(
+        folder / "target.fasta", msas, templates=folder, hits=folder / "pdb70_hits.hhr"
+    )
+    assert len(target.chains[0].templates) > 0
+    assert predict(tiny, target, recycles=0).plddt.shape == (73,)
+
+
+# ----------------------------------------------------------------------------------- predictions
+
+
+def test_a_prediction_has_every_score_and_every_block_is_told(files, tiny):
+    target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
+    told = []
+    found = predict(tiny, target, recycles=2, on_block=lambda *where: told.append(where))
+    n = len(SEQUENCE)
+    assert found.plddt.shape == (n,)
+    assert ((found.plddt >= 0) & (found.plddt <= 100)).all()
+    assert found.pae.shape == found.distances.shape == (n, n)
+    assert 0 < found.ptm < 1
+    assert found.iptm is None
+    assert found.ranking == pytest.approx(found.mean_plddt, abs=1e-4)
+    assert found.recycles == 2
+    assert found.chains[0].sequence == SEQUENCE
+    np.testing.assert_allclose(found.chains[0].b_factors[:, 1], found.plddt, atol=1e-4)
+    blocks = tiny.config.evoformer_blocks + tiny.config.extra_msa_blocks + 1
+    assert told == [(r, b, blocks) for r in range(3) for b in range(1, blocks + 1)]
+
+
+def test_the_seed_decides(files, tiny):
+    target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
+    first, again, other = (digest(predict(tiny, target, seed=seed)) for seed in (3, 3, 4))
+    assert first == again != other
+    assert digest(predict(random_model("tiny"), target, seed=3)) == first
+
+
+def test_a_complex_has_chains_and_an_interface_score(files, tiny_multimer):
+    target = read_fold_target(files / "two.fasta", [files / "one.a3m"])
+    found = predict(tiny_multimer, target, recycles=1)
+    assert [chain.sequence for chain in found.chains] == [SEQUENCE, "GAVLIM", SEQUENCE]
+    assert found.ranking == pytest.approx(0.8 * found.iptm + 0.2 * found.ptm)
+
+
+def test_recycling_stops_early(files):
+    model = random_model("tiny", recycle_tolerance=1e9)
+    target = read_fold_target(files / "one.fasta")
+    assert predict(model, target, recycles=5).recycles == 1
+
+
+def test_a_model_for_one_chain_refuses_several(files, tiny):
+    with pytest.raises(FoldInputError, match=r"two has 3 chains and tiny folds one"):
+        predict(tiny, read_fold_target(files / "two.fasta"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_budget_is_kept_and_gives_the_same(files, tiny):
+    target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
+    whole = predict(tiny, target, recycles=1)
+    budget = whole.peak_bytes * 8 // 10
+    found = predict(tiny, target, recycles=1, memory=budget)
+    assert found.peak_bytes <= budget
+    np.testing.assert_allclose(found.plddt, whole.plddt, atol=1e-3)
+    assert digest(predict(tiny, target, recycles=1)) == digest(whole)
+
+
+def test_running_out_of_memory_says_what_to_do(files):
+    target = read_fold_target(files / "one.fasta")
+    where = torch.device("cpu")
+    with (
+        pytest.raises(MemoryBudgetError, match=r"17 residues need more memory.*--estimate"),
+        out_of_memory(target, where),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory(target, where):
+        raise RuntimeError("something else")
+
+
+def test_distances_of_a_distogram_by_hand():
+    """Edges 2, 4, 6: bins at 1, 3, 5, 7."""
+    edges = torch.tensor([2.0, 4, 6])
+    logits = torch.full((1, 2, 4), -1e9)
+    logits[0, 0, 1] = 0
+    logits[0, 1, 2:] = 0
+    found = expected_distances({"logits": logits, "bin_edges": edges})
+    torch.testing.assert_close(found, torch.tensor([[3.0, 6.0]]))
+
+
+def test_the_best_is_first_and_scores_are_plain(files, tiny):
+    target = read_fold_target(files / "one.fasta")
+    found = predict(tiny, target, recycles=0)
+    low, high = replace(found, ranking=1.0), replace(found, ranking=2.0, pae=None, ptm=None)
+    assert ranked([low, high]) == [high, low]
+    data = json.loads(json.dumps(scores_of(target, [high, low])))
+    assert data["rehearsal"].startswith("REHEARSAL WITH RANDOM WEIGHTS (tiny)")
+    assert [model["rank"] for model in data["models"]] == [1, 2]
+    assert data["models"][0]["pae"] is None
+    assert len(data["models"][1]["pae"]) == len(SEQUENCE)
+
+
+def test_structures_of_a_rehearsal_say_so(files, tiny):
+    found = predict(tiny, read_fold_target(files / "one.fasta"), recycles=0)
+    for path in write_structures(found, files):
+        text = " ".join(path.read_text().replace("REMARK   1", "").split())
+        assert "REHEARSAL WITH RANDOM WEIGHTS (tiny): the structure and its scores" in text
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def test_weights_are_read_and_the_model_told_from_them(files, tiny, tmp_path):
+    weights.save_npz(tiny.network, tmp_path / "params_mine_ptm.npz")
+    model = model_from_file(tmp_path / "params_mine_ptm.npz")
+    assert (model.name, model.rehearsal) == ("mine_ptm", "")
+    assert model.config.c_m == tiny.config.c_m
+    told = {name: getattr(tiny.config, name) for name in ("structure", "data", "recycles")}
+    model = model_from_file(tmp_path / "params_mine_ptm.npz", **told)
+    target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
+    assert digest(predict(model, target)) == digest(predict(tiny, target))
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(WeightsError, match=r"alphafold_params_2022-12-06\.tar"):
+        model_from_file(tmp_path / "params_model_1.npz")
+
+
+def test_an_unknown_preset():
+    with pytest.raises(RecipeError, match="there is no model 'huge'"):
+        random_model("huge")
+
+
+# -------------------------------------------------------------------------------------- estimate
+
+
+def test_the_count_is_what_a_run_holds(files, tiny):
+    """Counted on shapes against measured in the run, and features against the real ones."""
+    target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
+    need = fold_estimate.count(tiny.config, len(SEQUENCE), rows=3, recycles=1)
+    real = predict(tiny, target, recycles=1)
+    assert need.activation_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    assert need.parameter_bytes == 4 * sum(p.numel() for p in tiny.network.parameters())
+    names = fold_estimate._shapes(tiny.config, len(SEQUENCE), 3)
+    assert set(names) == set(tiny.network.needed_features)
+    for batch in features_of(tiny.config, target, 1, 0):
+        for name, shape in names.items():
+            assert batch[name].shape == shape.shape, name
+            assert batch[name].dtype == shape.dtype, name
+
+
+def test_a_run_surely_takes_less_than_the_quick_bound(tiny):
+    need = fold_estimate.count(tiny.config, 150, rows=60, recycles=1, with_flops=False)
+    assert need.total_bytes < fold_estimate._surely_less(tiny.config, 150, 60)
+
+
+def test_flops_grow_by_the_same_with_every_block(tiny):
+    shapes = fold_estimate._shapes(tiny.config, 20, 4)
+    two, three, five = (
+        fold_estimate._flops(replace(tiny.config, evoformer_blocks=n), shapes) for n in (2, 3, 5)
+    )
+    assert five - three == 2 * (three - two) > 0
+
+
+def test_flops_of_attention_are_counted(tiny):
+    """Two products of 2 x 3 x 5 x 5 x 4 multiplications and additions each."""
+    q = torch.empty(2, 3, 5, 4)
+    assert fold_estimate._attention_flops(q.shape, q.shape, q.shape) == 2 * (2 * 2 * 3 * 5 * 5 * 4)
+
+
+def test_the_table_says_what_fits():
+    need = fold_estimate.Need(100, 508, 920, 3, 2**20, 2**20, 2**30, 10**13)
+    rows = (
+        fold_estimate.Row("big", 2**40, True, 12.0, 5000),
+        fold_estimate.Row("small", 2**20, False, 99.0, 7),
+    )
+    text = fold_estimate.table(fold_estimate.FoldEstimate("x", "model_1", need, rows))
+    big, small = (
+        next(li for li in text.splitlines() if li.startswith(n)) for n in ("big", "small")
+    )
+    assert big.split() == ["big", "1.00", "TiB", "yes", "12.00", "s", "5,000", "residues"]
+    assert small.split() == ["small", "1.00", "MiB", "no", "7", "residues"]
+    assert "10.0 TFLOP" in text
+
+
+def test_the_curve_goes_through_a_cubic():
+    lengths = (10, 20, 40, 80)
+    curve = fold_estimate.Curve(lengths, tuple(7 + 3 * n + 2 * n**2 + n**3 for n in lengths))
+    assert curve.at(60) == pytest.approx(7 + 180 + 7200 + 216000)
+    assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3) == 55
+    assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3 - 1) == 54
+
+
+def test_no_room_is_an_error_with_what_would_fit(files, tiny, monkeypatch):
+    target = read_fold_target(files / "one.fasta")
+    monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 2**18)
+    monkeypatch.setattr(fold_estimate, "_NODES", (16, 24, 32, 48))
+    with pytest.raises(MemoryBudgetError, match=r"17 residues need .* about \d+ res") as got:
+        fold_estimate.require_room(tiny.config, target, torch.device("cpu"), recycles=1)
+    assert got.value.floor_bytes > 2**18
+    monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 2**40)
+    fold_estimate.require_room(tiny.config, target, torch.device("cpu"), recycles=1)
+
+
+def test_the_table_of_devices():
+    devices = {device.name: device for device in fold_estimate.known_devices()}
+    assert devices["NVIDIA H100 SXM 80 GB"].memory_bytes == 78 * 10**9
+    assert len(devices) >= 5
+    assert fold_estimate.this_device().flops_per_s > 0
+
+
+def test_presets_have_shapes_for_the_features_they_need():
+    for config in (presets.tiny(), presets.tiny(multimer=True), presets.model_3()):
+        network = fold_estimate._on_meta(fold_estimate._short(config, 1))
+        names = fold_estimate._shapes(config, 10, None)
+        assert set(network.needed_features) <= set(names)
