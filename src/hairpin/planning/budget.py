@@ -23,6 +23,8 @@ from hairpin.units import format_bytes
 
 __all__ = ["Fitted", "Progress", "fit"]
 
+_MANY_TURNS = 32  # of a loop, from which on the graph around is worth a look
+
 
 @dataclass(eq=False)
 class Fitted:
@@ -76,23 +78,46 @@ def fit(
     graphs.look_inside()
     if graphs.needs_around:
         graphs.look_around()
+    is_last = graphs.around is not None or blocks is not None
+    found: Fitted | MemoryBudgetError
     try:
-        return _Fit(graphs, speeds or Speeds()).run()
+        found = _Fit(graphs, speeds or Speeds()).run()
     except MemoryBudgetError as error:
-        if graphs.around is not None or blocks is not None:
+        if is_last:
             raise
-        return _fit_around(graphs, speeds or Speeds(), error)
+        found = error
+    if isinstance(found, Fitted) and (is_last or _turns(found) <= _MANY_TURNS):
+        return found
+    return _fit_around(graphs, speeds or Speeds(), found)
 
 
-def _fit_around(graphs: Graphs, speeds: Speeds, first: MemoryBudgetError) -> Fitted:
-    """The same with the graph around the blocks, which holds less than the model's own code."""
+def _fit_around(graphs: Graphs, speeds: Speeds, first: Fitted | MemoryBudgetError) -> Fitted:
+    """The better of what was found, and of the same with the graph around the blocks.
+
+    That graph holds less than the model's own code, so that loops may take larger chunks.
+    """
     graphs.look_around()
-    if graphs.around is None:
-        raise first
-    try:
-        return _Fit(graphs, speeds).run()
-    except MemoryBudgetError as error:
-        raise min(first, error, key=lambda each: each.floor_bytes) from None
+    second: Fitted | MemoryBudgetError = first
+    if graphs.around is not None:
+        try:
+            second = _Fit(graphs, speeds).run()
+        except MemoryBudgetError as error:
+            second = error
+    fitted = [each for each in (first, second) if isinstance(each, Fitted)]
+    if fitted:
+        return min(fitted, key=_turns)
+    errors = [each for each in (first, second) if isinstance(each, MemoryBudgetError)]
+    raise min(errors, key=lambda each: each.floor_bytes)
+
+
+def _turns(fitted: Fitted) -> int:
+    """Most turns that a loop takes."""
+    pairs = [
+        (choice.candidate.units, chunk)
+        for program in fitted.programs.values()
+        for choice, chunk in zip(program.choices, program.chunks, strict=True)
+    ]
+    return max((-(-units // chunk) for units, chunk in pairs), default=0)
 
 
 class _Fit:
