@@ -8,7 +8,9 @@ inputs of the graph by name, so that a graph fits every block of the same struct
 import hashlib
 import io
 import logging
+import mmap
 import operator
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -43,6 +45,9 @@ from hairpin.graph.leaf import (
 from hairpin.graph.lengths import expression, hint, hints, is_open, symbol
 from hairpin.graph.simplify import simplify
 from hairpin.graph.strides import lay_out
+
+_LARGE = 2**30  # bytes of a tensor whose pages are not to be reserved
+_NORESERVE = 0x4000  # of Linux' mmap; Python names it from 3.12 on
 
 _ASSERTIONS = frozenset(
     {
@@ -673,8 +678,21 @@ def _reason(error: BaseException) -> str:
 
 def filled(tensor: Tensor) -> Tensor:
     """A real tensor in place of a shape: pages that nobody writes cost nothing."""
+    nbytes = tensor.element_size() * (
+        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+    if nbytes >= _LARGE and sys.platform == "linux" and tensor.numel():
+        return _reserving_nothing(nbytes, tensor)
     make = torch.empty_strided if tensor.is_floating_point() else _zeros
     return make(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _reserving_nothing(nbytes: int, like: Tensor) -> Tensor:
+    """Zeros of any size: more of them may be asked for than the machine has memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    pages = mmap.mmap(-1, nbytes, flags=flags)
+    flat = torch.frombuffer(pages, dtype=torch.uint8).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
 
 
 def _zeros(shape: Any, stride: Any, **options: Any) -> Tensor:
