@@ -114,3 +114,44 @@ def test_chunk_hands_on_its_options_and_prints_and_writes(tmp_path, monkeypatch)
         assert words in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert len(json.loads((tmp_path / "chunk.json").read_text())["table"]) == 2
+
+
+@pytest.mark.parametrize("sizes", ["64x128,12", "0x4", "axb"])
+def test_openfold_refuses_what_is_no_size(tmp_path, sizes):
+    arguments = ["openfold", "--openfold", "x", "--sizes", sizes, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "cannot read the size" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_openfold_hands_on_its_options_and_prints_and_writes(tmp_path, monkeypatch):
+    from hairpin.bench import openfold
+
+    row = {
+        "sequences": 4,
+        "residues": 16,
+        "direction": "forward",
+        "whose": "ours",
+        "setting": "within OpenFold's, in place, chunks of 4",
+        "peak_bytes": 3 * 2**20,
+        "peak_ratio": 0.25,
+        "time_ratio": 0.8125,
+        "relative_error": 3e-7,
+    }
+    missing = dict.fromkeys(("peak_bytes", "peak_ratio", "time_ratio", "relative_error"))
+    asked = []
+
+    def measure(settings, *, say):
+        asked.append(settings)
+        return {"table": [row, {**row, **missing, "setting": "within half"}]}
+
+    monkeypatch.setattr(openfold, "measure", measure)
+    arguments = ["--openfold", "there", "--sizes", "4x16, 8x32", "--rounds", "2"]
+    done = CliRunner().invoke(app, ["openfold", *arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert asked == [openfold.Settings(openfold="there", sizes=((4, 16), (8, 32)), rounds=2)]
+    for words in ("4 x 16, forward", "3.00 MiB", "0.25", "0.81 x", "3e-07", "no plan"):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert len(json.loads((tmp_path / "openfold.json").read_text())["table"]) == 2

@@ -137,6 +137,47 @@ def chunk(
         _print_chunk(result)
 
 
+@app.command("openfold")
+def openfold(
+    *,
+    openfold: Annotated[
+        Path, typer.Option(help="Folder of a checkout of github.com/aqlaboratory/openfold.")
+    ],
+    sizes: Annotated[
+        str, typer.Option(help="Sequences x residues of the MSA, separated by commas.")
+    ] = "64x128,128x256",
+    rounds: Rounds = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Time and peak memory of our Evoformer block against OpenFold's, with the same weights."""
+    _quiet_torch()
+    _make(out)
+    from hairpin.bench import openfold as bench
+
+    settings = bench.Settings(openfold=str(openfold), sizes=_sizes(sizes), rounds=rounds)
+    _warn_of_load()
+    result = bench.measure(settings, say=say)
+    _save(result, out, "openfold")
+    if json:
+        print_json(result)
+    else:
+        _print_openfold(result)
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for word in text.split(","):
+        sequences, _, residues = word.strip().partition("x")
+        if not (sequences.isdecimal() and residues.isdecimal() and int(sequences) * int(residues)):
+            raise typer.BadParameter(
+                f"cannot read the size {word.strip()!r}; write sequences, x and residues, "
+                "separated by commas, for example 64x128,128x256"
+            )
+        found.append((int(sequences), int(residues)))
+    return tuple(found)
+
+
 def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
@@ -293,6 +334,30 @@ def _times(ratio: float | None) -> str:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _print_openfold(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for row in result["table"]:
+        title = f"{row['sequences']} x {row['residues']}, {row['direction']}"
+        blocks.setdefault(title, []).append(row)
+    for title, rows in blocks.items():
+        table = Table(box=None, title=title)
+        for heading in ("block", "peak", "of OpenFold's", "time", "error"):
+            left = heading == "block"
+            table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+        for row in rows:
+            peak = row["peak_bytes"]
+            table.add_row(
+                f"{row['whose']}, {row['setting']}",
+                "no plan" if peak is None else format_bytes(peak),
+                _number(row["peak_ratio"], ".2f"),
+                _times(row["time_ratio"]),
+                _number(row["relative_error"], ".0e"),
+            )
+        stdout().print(table)
 
 
 def _print_switch(result: dict[str, Any]) -> None:

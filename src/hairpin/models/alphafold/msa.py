@@ -87,9 +87,11 @@ class OuterProductMean(nn.Module):
 
     def forward(self, m: Tensor, mask: Tensor) -> Tensor:
         """``m[s, r, c_m], mask[s, r] -> [r, r, c_z]``."""
-        m = self.norm(m)
+        outer, count = self._outer(self.norm(m), mask)  # the operands are not held any longer
+        return self.output(outer.flatten(-2)) / (_FEWEST + count)[..., None]  # type: ignore[no-any-return]
+
+    def _outer(self, m: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the sequences: ``[i, j, c, d]``, and how many have both residues ``[i, j]``."""
         a, mask_a = self.left(m, mask)  # [s, i, c], [s, i]
-        b, mask_b = self.right(m, mask)  # [s, j, c], [s, j]
-        outer = torch.einsum("sic,sjd->ijcd", a, b).flatten(-2)
-        count = mask_a.T @ mask_b  # [i, j]
-        return self.output(outer) / (_FEWEST + count)[..., None]  # type: ignore[no-any-return]
+        b, mask_b = self.right(m, mask)  # [s, j, d], [s, j]
+        return torch.einsum("sic,sjd->ijcd", a, b), mask_a.T @ mask_b
