@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from hairpin.errors import CheckpointError
+from hairpin.models.alphafold import presets
 from hairpin.run import settings
-from hairpin.run.recipes import VideoRecipe, tiny, video_digits
+from hairpin.run.recipes import FoldRecipe, VideoRecipe, fold_tiny, tiny, video_digits
 
 
 @pytest.mark.parametrize("recipe", [tiny(), video_digits()])
@@ -15,6 +16,15 @@ def test_a_recipe_survives_json(recipe):
     plain = json.loads(json.dumps(settings.to_plain(recipe)))
     assert settings.from_plain(VideoRecipe, plain) == recipe
     settings.require_same(recipe, plain)
+
+
+@pytest.mark.parametrize("model", [presets.tiny(), presets.model_3()])
+def test_a_part_that_may_be_absent_survives_json(model):
+    """A model with templates has their settings, another has None."""
+    recipe = replace(fold_tiny(), model=model)
+    assert (
+        settings.from_plain(FoldRecipe, json.loads(json.dumps(settings.to_plain(recipe)))) == recipe
+    )
 
 
 def test_settings_of_another_kind_are_named():

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 import hairpin
-from hairpin.cli import bench, doctor, fold, plan, profile, sample, score, show, train, verify
+from hairpin.cli import (
+    bench,
+    doctor,
+    fold,
+    plan,
+    profile,
+    sample,
+    score,
+    show,
+    train,
+    train_fold,
+    verify,
+)
 from hairpin.cli.output import print_text, say
 from hairpin.errors import CommError, HairpinError, RankFailed
 
@@ -26,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+train.app.command("fold")(train_fold.fold)
 app.add_typer(train.app, name="train")
 app.command("sample")(sample.sample)
 app.command("doctor")(doctor.doctor)

@@ -3,10 +3,10 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -21,8 +21,10 @@ from hairpin.errors import (
 )
 
 if TYPE_CHECKING:
-    from hairpin.run.recipes import VideoRecipe
+    from hairpin.run.recipes.schedule import Schedule
     from hairpin.run.video import TrainJob, TrainOutcome
+
+    Recipe = TypeVar("Recipe", bound=Schedule)
 
 RECIPES = ("digits", "tiny")
 _NEEDS = (
@@ -75,7 +77,7 @@ def video(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a video transformer on moving handwritten digits, then write samples and a report."""
-    _require_extras()
+    require_extras(_NEEDS)
     from hairpin.run.video import run_training
 
     changes = {
@@ -95,7 +97,7 @@ def video(
         out=out,
         memory=memory,
     )
-    with _telling_how_to_go_on(job.out_dir):
+    with telling_how_to_go_on("video", job.out_dir):
         outcome = on_ranks(run_training, job.dp * job.sp, job)
     if outcome is None:  # under torchrun, on all ranks but the first
         return
@@ -119,70 +121,121 @@ def prepare(
     memory: str | None,
 ) -> "TrainJob":
     """Everything that can be wrong is found here, before ranks start and a step is spent."""
-    from hairpin.run import checkpoint, settings
-    from hairpin.run.video import TrainJob, degrees, is_run, out_folder
+    from hairpin.run.recipes import VideoRecipe, tiny, video_digits
+    from hairpin.run.video import TrainJob, degrees
     from hairpin.units import parse_bytes
 
     dp, sp = degrees(ranks, dp)
     if memory is not None:
         parse_bytes(memory)
-    source = info = None
-    if resume is not None:
-        source = checkpoint.find(resume, fallback=fallback)
-        info = checkpoint.read_info(source)
-    recipe = choose_recipe(recipe_name, changes, steps=steps, saved=info.recipe if info else None)
-    if info is not None:
-        settings.require_same(recipe, info.recipe)
-    first_step, last_step = info.step if info else 0, recipe.steps if steps is None else steps
-    if last_step <= first_step:
-        raise CheckpointError(
-            f"{source} has done {first_step} steps and the run is to stop at {last_step}; "
-            f"give --steps above {first_step}"
-        )
-    folder = out_folder(recipe.name, resume=source, wanted=out)
-    if is_run(folder) and (source is None or folder.resolve() not in source.resolve().parents):
-        raise OutputError(
-            f"{folder} holds another run; go on with it by --resume {folder}, or name another --out"
-        )
+    start = starting_point(resume, fallback=fallback)
+    makers = dict(zip(RECIPES, (video_digits, tiny), strict=True))
+    recipe = choose_recipe(
+        VideoRecipe, makers, recipe_name, changes, steps=steps, saved=start.recipe
+    )
+    last_step = last_step_of(recipe, start, steps)
     return TrainJob(
         recipe=recipe,
-        out_dir=checkpoint.require_writable(folder),
+        out_dir=claim_folder(recipe.name, start, out),
         dp=dp,
         sp=sp,
-        resume=source,
-        first_step=first_step,
+        resume=start.source,
+        first_step=start.step,
         last_step=last_step,
         memory=memory,
     )
 
 
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        source: the checkpoint it goes on from; None for a new run.
+        step: steps done there.
+        recipe: its settings, as plain data.
+    """
+
+    source: Path | None
+    step: int
+    recipe: dict[str, Any] | None
+
+
+def starting_point(resume: Path | None, *, fallback: bool) -> Start:
+    """The checkpoint that a run goes on from, or a new start."""
+    from hairpin.run import checkpoint
+
+    if resume is None:
+        return Start(None, 0, None)
+    source = checkpoint.find(resume, fallback=fallback)
+    info = checkpoint.read_info(source)
+    return Start(source, info.step, info.recipe)
+
+
 def choose_recipe(
-    name: str | None, changes: dict[str, Any], *, steps: int | None, saved: Any
-) -> "VideoRecipe":
-    """The recipe named, or that of the checkpoint, with the changes asked for.
+    kind: "type[Recipe]",
+    makers: "Mapping[str, Callable[[], Recipe]]",
+    name: str | None,
+    changes: dict[str, Any],
+    *,
+    steps: int | None,
+    saved: Mapping[str, Any] | None,
+) -> "Recipe":
+    """The recipe named, or the first, or that of the checkpoint, with the changes asked for.
 
     A new run's schedule ends at its last step; a run that goes on keeps the schedule it had.
 
     Raises:
         RecipeError: there is no such recipe, or a setting cannot work.
+        CheckpointError: the recipe is not one that the checkpoint can go on with.
     """
     from dataclasses import replace
 
     from hairpin.run import settings
-    from hairpin.run.recipes import VideoRecipe, tiny, video_digits
 
-    makers = dict(zip(RECIPES, (video_digits, tiny), strict=True))
     if name is not None and name not in makers:
-        raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+        raise RecipeError(f"there is no recipe {name!r}; choose one of {', '.join(makers)}")
     if saved is None:
-        chosen = makers[name or RECIPES[0]]()
-        if steps is not None:
-            changes = {"steps": steps, **changes}
-    else:
-        chosen = settings.from_plain(VideoRecipe, saved)
-        if name is not None:
-            chosen = replace(makers[name](), steps=chosen.steps)
-    return replace(chosen, **changes)
+        chosen = makers[name or next(iter(makers))]()
+        return replace(chosen, **({"steps": steps} if steps is not None else {}) | changes)
+    chosen = settings.from_plain(kind, saved)
+    if name is not None:
+        chosen = replace(makers[name](), steps=chosen.steps)
+    chosen = replace(chosen, **changes)
+    settings.require_same(chosen, saved)
+    return chosen
+
+
+def last_step_of(recipe: "Schedule", start: Start, steps: int | None) -> int:
+    """The step to stop at.
+
+    Raises:
+        CheckpointError: that many are done already.
+    """
+    last_step = recipe.steps if steps is None else steps
+    if last_step <= start.step:
+        raise CheckpointError(
+            f"{start.source} has done {start.step} steps and the run is to stop at {last_step}; "
+            f"give --steps above {start.step}"
+        )
+    return last_step
+
+
+def claim_folder(name: str, start: Start, wanted: Path | None) -> Path:
+    """The folder that a run writes to, made if need be.
+
+    Raises:
+        OutputError: it holds another run or cannot be written.
+    """
+    from hairpin.run import checkpoint
+    from hairpin.run.video import is_run, out_folder
+
+    source = start.source
+    folder = out_folder(name, resume=source, wanted=wanted)
+    if is_run(folder) and (source is None or folder.resolve() not in source.resolve().parents):
+        raise OutputError(
+            f"{folder} holds another run; go on with it by --resume {folder}, or name another --out"
+        )
+    return checkpoint.require_writable(folder)
 
 
 def rank_count(wanted: int | None) -> int:
@@ -218,7 +271,7 @@ def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any)
         result = program(*args, **kwargs)
         _leave_group()
         return result if os.environ["RANK"] == "0" else None
-    with _terminable():
+    with terminable():
         if ranks == 1:
             torch.set_num_threads(threads)
             return program(*args, **kwargs)
@@ -287,11 +340,11 @@ def command_line() -> str:
     return shlex.join(["hairpin", *sys.argv[1:]])
 
 
-def _require_extras() -> None:
-    """Raise now rather than when training is over."""
+def require_extras(needs: Sequence[tuple[str, str, str]]) -> None:
+    """Raise now rather than when training is over; ``needs``: module, package, extra."""
     from importlib.util import find_spec
 
-    for module, package, extra in _NEEDS:
+    for module, package, extra in needs:
         if find_spec(module) is None:
             raise MissingExtraError(
                 f"training and its report need {package}: pip install 'hairpin[{extra}]'"
@@ -299,18 +352,18 @@ def _require_extras() -> None:
 
 
 @contextmanager
-def _telling_how_to_go_on(folder: Path) -> Iterator[None]:
+def telling_how_to_go_on(what: str, folder: Path) -> Iterator[None]:
     """Whatever ends a run early: say how to go on from its last checkpoint."""
     try:
         yield
     except BaseException:
         if any(folder.glob("checkpoints/step-*")):
-            say(f"the last checkpoint is good; go on with: hairpin train video --resume {folder}")
+            say(f"the last checkpoint is good; go on with: hairpin train {what} --resume {folder}")
         raise
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM unwind this process, so that it ends its ranks first."""
 
     def leave(number: int, frame: object) -> None:

@@ -5,10 +5,13 @@ alignments (``.a3m``, ``.sto``), and if wanted a folder ``templates`` with struc
 file of the hits. Jumper et al. 2021, Suppl. Sec. 1.2 and 1.10.
 """
 
+import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -205,7 +208,21 @@ def load(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
+        worker_init_fn=_end_quietly,
     )
+
+
+def _end_quietly(_: int) -> None:
+    """In a worker: let the process that reads from it be the one that says why a run ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the reader ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    told = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, EOFError | OSError):  # the reader hung up
+            told(kind, error, trace)
+
+    sys.excepthook = tell
 
 
 def _protein(folder: Path, *, must: bool) -> Protein | None:

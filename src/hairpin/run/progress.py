@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hairpin.run.metrics import StepMetrics
 from hairpin.units import format_bytes, format_time
@@ -17,9 +18,13 @@ _LINE_EVERY_S = 10.0
 class StepProgress:
     """Called with each step's metrics while the block it guards runs."""
 
-    def __init__(self, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, first_step: int, last_step: int, *, figures: Callable[[Any], str] | None = None
+    ) -> None:
+        """``figures`` says what is shown of a step's metrics; by default `clip_figures`."""
         self.first_step = first_step
         self.last_step = last_step
+        self.figures = figures or clip_figures
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._told_s = 0.0
@@ -44,19 +49,19 @@ class StepProgress:
 
     def __call__(self, row: StepMetrics) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=row.step, figures=figures(row))
+            self._bar.update(self._task, completed=row.step, figures=self.figures(row))
             return
         now_s = time.monotonic()
         if now_s - self._told_s >= _LINE_EVERY_S or row.step == self.last_step:
             self._told_s = now_s
-            left_s = (self.last_step - row.step) * row.time_s
+            left = format_time((self.last_step - row.step) * row.time_s)
             sys.stderr.write(
-                f"step {row.step}/{self.last_step}  {figures(row)}  {format_time(left_s)} left\n"
+                f"step {row.step}/{self.last_step}  {self.figures(row)}  {left} left\n"
             )
             sys.stderr.flush()
 
 
-def figures(row: StepMetrics) -> str:
+def clip_figures(row: StepMetrics) -> str:
     """Loss, clips per second, bytes that the busiest rank sent, and the largest rank's memory."""
     return (
         f"loss {row.loss:.4f}  {row.samples_per_s:.1f} clips/s  "

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hairpin.errors import CheckpointError
 
 Recipe = TypeVar("Recipe")
 
 # Settings that change neither the weights nor the loss curve: a resumed run may have others.
-FREE_SETTINGS = ("name", "checkpoint_every", "sample_steps", "frames_per_pass", "guidance")
+FREE_SETTINGS = (
+    "name", "checkpoint_every", "validate_every", "sample_steps", "frames_per_pass", "guidance"
+)  # fmt: skip
 
 
 def to_plain(recipe: Any) -> dict[str, Any]:
@@ -34,8 +36,9 @@ def from_plain(kind: type[Recipe], data: Mapping[str, Any]) -> Recipe:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_plain(hint, value)
+    for kind in (hint, *get_args(hint)):  # the second for a setting that may be None
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            return from_plain(kind, value)
     return tuple(value) if get_origin(hint) is tuple else value
 
 

@@ -14,16 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hairpin.comm.agree import require_agreement
 from hairpin.comm.grads import sync_grads
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.verbs import global_mean
-from hairpin.errors import CheckpointError, NumericsError, RecipeError
 from hairpin.models.video_dit import ATTENDS, VideoDiT, flow_loss
 from hairpin.planning.apply import parallelize
 from hairpin.planning.make import plan as make_plan
@@ -32,6 +29,7 @@ from hairpin.run import checkpoint, metrics, settings
 from hairpin.run.data import MovingDigits, rank_indices
 from hairpin.run.memory import measured, require_budget
 from hairpin.run.recipes import VideoRecipe
+from hairpin.run.steps import open_log, require_work, seed_dropout, update
 from hairpin.units import parse_bytes
 
 OnStep = Callable[[metrics.StepMetrics], None]
@@ -93,9 +91,9 @@ def train(
     source = None if resume is None else checkpoint.find(resume, fallback=fallback)
     first_step = 0 if source is None else run.load(source)
     last_step = recipe.steps if stop_step is None else stop_step
-    _require_work(first_step, last_step, source)
+    require_work(first_step, last_step, source)
 
-    log = _open_log(out_dir, mesh, first_step, source)
+    log = open_log(out_dir, first_step, source) if mesh.global_rank == 0 else None
     try:
         for step in range(first_step, last_step):
             row = run.step(step, budget_bytes=budget_bytes if step == first_step else None)
@@ -209,13 +207,12 @@ class _Run:
         bytes_sent, peaks = self._over_ranks(mesh.traffic.since(sent).bytes_sent, peak_bytes)
         self.peak_bytes = peaks = peaks if self.peak_bytes is None else self.peak_bytes
         require_budget(peaks, budget_bytes, batch_size=recipe.batch_size, ranks=mesh.world)
-        lr = recipe.learning_rate(step)
-        norm = self._update(step, loss, lr)
+        norm = update(self.state, recipe, step, loss)
         time_s = time.perf_counter() - start_s
         return metrics.StepMetrics(
             step=step + 1,
             loss=loss,
-            lr=lr,
+            lr=recipe.learning_rate(step),
             grad_norm=norm,
             samples_per_s=recipe.batch_size / time_s,
             bytes_sent=bytes_sent,
@@ -237,7 +234,7 @@ class _Run:
         """Loss of this step's clips, and its gradients, averaged over all ranks."""
         recipe, mesh = self.recipe, self.mesh
         dp = mesh.rank("dp")
-        _seed_dropout(recipe.seed, step, dp)
+        seed_dropout(recipe.seed, step, dp)
         index = rank_indices(step, batch_size=recipe.batch_size, rank=dp, ranks=mesh.size("dp"))
         clips = self.data.clips(index)
         video = clips.video.to(self.device, getattr(torch, recipe.dtype))  # [b, t, h, w]
@@ -256,20 +253,6 @@ class _Run:
         sync_grads(self.model, mesh)
         return loss.item()
 
-    def _update(self, step: int, loss: float, lr: float) -> float:
-        """Clip, move the weights and their average; returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        _require_finite(step, loss, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        keep = self.recipe.ema_decay_at(step)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                self.ema[name].lerp_(parameter, 1 - keep)
-        return norm.item()
-
     def _over_ranks(self, bytes_sent: int, peak_bytes: int | None) -> tuple[list[int], list[int]]:
         """These two figures of every rank."""
         mine = torch.tensor([bytes_sent, peak_bytes or 0], device=self.device)
@@ -279,41 +262,3 @@ class _Run:
         dist.all_gather(all_, mine)
         sent, peaks = zip(*(pair.tolist() for pair in all_), strict=True)
         return list(sent), list(peaks)
-
-
-def _open_log(
-    out_dir: Path, mesh: Mesh, first_step: int, source: Path | None
-) -> metrics.MetricsLog | None:
-    """The metrics file, on the first rank."""
-    if mesh.global_rank != 0:
-        return None
-    history = None if source is None else checkpoint.history_of(source)
-    path = out_dir / checkpoint.METRICS_FILE
-    return metrics.MetricsLog(path, after_step=first_step, history=history)
-
-
-def _require_work(first_step: int, last_step: int, source: Path | None) -> None:
-    if last_step < 1:
-        raise RecipeError(f"got steps={last_step}; train for at least 1 step")
-    if last_step <= first_step:
-        raise CheckpointError(
-            f"{source} has done {first_step} steps already and the run is to stop at {last_step}; "
-            f"give --steps above {first_step}"
-        )
-
-
-def _seed_dropout(seed: int, step: int, dp_rank: int) -> None:
-    """Let torch's generator depend on nothing but the step and the share of the clips."""
-    (state,) = np.random.SeedSequence([seed, step, dp_rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state))
-
-
-def _require_finite(step: int, loss: float, norm: Tensor) -> None:
-    if np.isfinite(loss) and norm.isfinite():
-        return
-    what = "the norm of the gradients" if np.isfinite(loss) else "the loss"
-    value = norm.item() if np.isfinite(loss) else loss
-    raise NumericsError(
-        f"{what} is {value} at step {step + 1}; this step was not taken and the last checkpoint is "
-        "good: lower lr or clip_norm in the recipe, or try --dtype float64"
-    )

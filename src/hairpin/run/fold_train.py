@@ -1,0 +1,322 @@
+"""Training a folding model on structures with alignments, on one device.
+
+Which proteins a step takes, how they are cropped and masked, and every dropout mask follow from the
+seed and the step alone, so a run that goes on from a checkpoint ends with the same bits as one that
+never stopped. Other processes make the examples ahead of time.
+
+Jumper et al. 2021, Suppl. Sec. 1.9 to 1.11. Dims: r residues.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from hairpin.models.alphafold.losses import total_loss
+from hairpin.models.alphafold.model import AlphaFold
+from hairpin.proteins import loader
+from hairpin.proteins import metrics as scores
+from hairpin.proteins.loader import Example, Protein, Proteins
+from hairpin.proteins.pipeline import Batch, Sizes
+from hairpin.proteins.residues import ATOM_TYPES
+from hairpin.run import checkpoint, metrics, settings
+from hairpin.run.memory import measured
+from hairpin.run.progress import StepProgress
+from hairpin.run.recipes.fold import FoldRecipe
+from hairpin.run.steps import open_log, require_work, seed_dropout, update
+from hairpin.units import format_bytes
+
+CA = ATOM_TYPES.index("CA")
+Validation = dict[str, dict[str, float]]  # protein -> ca_rmsd in Angstrom, lddt_ca 0 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldStepMetrics(metrics.StepMetrics):
+    """What one step of a folding model did; see also `metrics.StepMetrics`.
+
+    Attributes:
+        proteins: the names of those that this step took.
+        fape: frame aligned point error of the backbone after the last layer, their mean.
+        distogram: cross-entropy of the distogram, their mean.
+        data_wait_s: seconds that the step waited for its examples.
+        validation: of each protein, with the averaged weights; None where none was done.
+    """
+
+    proteins: list[str]
+    fape: float
+    distogram: float
+    data_wait_s: float
+    validation: Validation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldJob:
+    """What `train_fold` is asked to do.
+
+    Attributes:
+        recipe: every setting that changes the weights.
+        proteins: what is trained on, and judged.
+        out_dir: gets ``metrics.jsonl`` and ``checkpoints/``.
+        resume: folder of a run or of one checkpoint to go on from.
+        first_step: steps that it has done; 0 for a new run.
+        last_step: steps done at the end, those before a resume included.
+        workers: processes that make examples; 0 to make each when it is asked for.
+        keep: newest checkpoints that stay.
+    """
+
+    recipe: FoldRecipe
+    proteins: tuple[Protein, ...]
+    out_dir: Path
+    resume: Path | None = None
+    first_step: int = 0
+    last_step: int
+    workers: int = 1
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldTrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps done, those before a resume included.
+        checkpoint: the last checkpoint.
+        metrics: file with one line a step.
+        validation: of the averaged weights at the last step.
+    """
+
+    step: int
+    checkpoint: Path
+    metrics: Path
+    validation: Validation
+
+
+OnStep = Callable[[FoldStepMetrics], None]
+
+
+def train_fold(job: FoldJob, *, on_step: OnStep | None = None) -> FoldTrainResult:
+    """Train until ``job.last_step`` and judge every protein with the averaged weights.
+
+    Raises:
+        FoldInputError: a file of a protein cannot be used.
+        OutputError: ``job.out_dir`` cannot be written.
+        CheckpointError: ``job.resume`` is damaged or belongs to another model or recipe.
+        NumericsError: the loss or a gradient is not finite.
+    """
+    recipe, out_dir = job.recipe, checkpoint.require_writable(job.out_dir)
+    run = _FoldRun(recipe, job.proteins)
+    source = None if job.resume is None else checkpoint.find(job.resume)
+    first_step = 0 if source is None else run.load(source)
+    require_work(first_step, job.last_step, source)
+    examples = run.examples(first_step, job.last_step, workers=job.workers)
+    log = open_log(out_dir, first_step, source)
+    row: FoldStepMetrics | None = None
+    try:
+        for step in range(first_step, job.last_step):
+            done = step + 1
+            row = run.step(step, examples)
+            if done % recipe.validate_every == 0 or done == job.last_step:
+                row = replace(row, validation=run.validate())
+            log.write(row)
+            if on_step is not None:
+                on_step(row)
+            if done % recipe.checkpoint_every == 0 or done == job.last_step:
+                source = run.save(out_dir, step=done, keep=job.keep)
+    finally:
+        log.close()
+    assert source is not None
+    assert row is not None
+    assert row.validation is not None
+    return FoldTrainResult(
+        step=job.last_step,
+        checkpoint=source,
+        metrics=out_dir / checkpoint.METRICS_FILE,
+        validation=row.validation,
+    )
+
+
+def run_fold_training(job: FoldJob) -> FoldTrainResult:
+    """Train while a bar on stderr shows how it goes."""
+    with StepProgress(job.first_step, job.last_step, figures=fold_figures) as progress:
+        return train_fold(job, on_step=progress)
+
+
+def build_fold_model(recipe: FoldRecipe) -> AlphaFold:
+    """The recipe's model, with the same weights for the same seed."""
+    torch.manual_seed(recipe.seed)
+    return AlphaFold(recipe.model).to(getattr(torch, recipe.dtype))
+
+
+def sizes_of(recipe: FoldRecipe, *, crop_size: int | None) -> Sizes:
+    """How much of the alignments, templates and chain the recipe's model sees in training."""
+    data = recipe.model.data
+    return Sizes(
+        max_msa_clusters=data.max_msa_clusters,
+        max_extra_msa=data.max_extra_msa,
+        max_templates=data.max_templates,
+        clusters_hold_templates=data.clusters_hold_templates,
+        replace_fraction=data.replace_fraction,
+        uniform=data.uniform,
+        profile=data.profile,
+        same=data.same,
+        crop_size=crop_size,
+        recycles=recipe.model.recycles,
+    )
+
+
+def ca_scores(predicted: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """How near the C-alpha atoms are to the labels of a batch.
+
+    Args:
+        predicted: all atoms ``[r, 37, 3]`` in Angstrom.
+        batch: with ``all_atom_positions[r, 37, 3]`` and ``all_atom_mask[r, 37]``.
+
+    Returns:
+        ``ca_rmsd``, in Angstrom after superposition, and ``lddt_ca``, 0 to 1.
+    """
+    seen = batch["all_atom_mask"][:, CA].cpu().numpy() > 0
+    ours = predicted[:, CA].double().cpu().numpy()[seen]
+    true = batch["all_atom_positions"][:, CA].double().cpu().numpy()[seen]
+    return {"ca_rmsd": scores.rmsd(ours, true), "lddt_ca": scores.lddt(ours, true)[0]}
+
+
+def fold_figures(row: metrics.StepMetrics) -> str:
+    """Loss, backbone error, memory and, where there is one, the validation."""
+    assert isinstance(row, FoldStepMetrics)
+    text = (
+        f"loss {row.loss:.3f}  FAPE {row.fape:.3f}  {row.samples_per_s:.2f} proteins/s  "
+        f"peak {format_bytes(max(row.peak_memory_bytes))}"
+    )
+    if row.validation is None:
+        return text
+    judged = (f"{name} {score['ca_rmsd']:.2f}" for name, score in row.validation.items())
+    return f"{text}  Ca-RMSD {', '.join(judged)} Å"
+
+
+class _FoldRun:
+    """The moving parts of a run: model, optimizer, average, data."""
+
+    def __init__(self, recipe: FoldRecipe, proteins: Sequence[Protein]) -> None:
+        self.recipe = recipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = build_fold_model(recipe).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.data = Proteins(
+            proteins,
+            sizes=sizes_of(recipe, crop_size=recipe.model.data.crop_size),
+            seed=recipe.seed,
+            clamped=recipe.clamped,
+        )
+        for index in range(min(len(proteins), self.data.keep)):
+            self.data.target(index)  # a bad file is told of now, and workers inherit what was read
+        self.peak_bytes: list[int] | None = None
+
+    @property
+    def state(self) -> checkpoint.TrainState:
+        return checkpoint.TrainState(self.model, self.optimizer, self.ema)
+
+    def load(self, source: Path) -> int:
+        """Go on from a checkpoint; returns the number of steps it has done."""
+        info = checkpoint.read_info(source)
+        checkpoint.require_model(source, self.model)
+        settings.require_same(self.recipe, info.recipe)
+        checkpoint.load(source, self.state)
+        return info.step
+
+    def save(self, out_dir: Path, *, step: int, keep: int) -> Path:
+        folder = out_dir / checkpoint.FOLDER
+        recipe = settings.to_plain(self.recipe)
+        return checkpoint.save(folder, self.state, step=step, recipe=recipe, keep=keep)
+
+    def examples(self, first_step: int, last_step: int, *, workers: int) -> Iterator[Example]:
+        """The examples of these steps, ``batch_size`` to each, in order."""
+        count = self.recipe.batch_size
+        start, stop = first_step * count, last_step * count
+        return iter(loader.load(self.data, start=start, stop=stop, workers=workers))
+
+    def step(self, step: int, examples: Iterator[Example]) -> FoldStepMetrics:
+        """One optimizer step, counted from 0."""
+        recipe, start_s = self.recipe, time.perf_counter()
+        taken = list(itertools.islice(examples, recipe.batch_size))
+        wait_s = time.perf_counter() - start_s
+        seed_dropout(recipe.seed, step, 0)
+        with ExitStack() as stack:
+            peak = None if self.peak_bytes else stack.enter_context(measured(self.device))
+            parts = [self._backward(example) for example in taken]
+        if peak is not None:
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            self.peak_bytes = [4 * weights + peak.peak_bytes]
+        loss, fape, distogram = (sum(column) / len(taken) for column in zip(*parts, strict=True))
+        _fill_gradients(self.model)
+        norm = update(self.state, recipe, step, loss)
+        time_s = time.perf_counter() - start_s
+        return FoldStepMetrics(
+            step=step + 1,
+            loss=loss,
+            lr=recipe.learning_rate(step),
+            grad_norm=norm,
+            samples_per_s=len(taken) / time_s,
+            bytes_sent=[0],
+            peak_memory_bytes=self.peak_bytes or [0],
+            time_s=time_s,
+            proteins=[example.name for example in taken],
+            fape=fape,
+            distogram=distogram,
+            data_wait_s=wait_s,
+        )
+
+    def validate(self) -> Validation:
+        """Every protein whole, predicted with the averaged weights."""
+        self.model.eval()
+        found = {}
+        with torch.no_grad():
+            for index, protein in enumerate(self.data.proteins):
+                recycles = self.recipe.model.recycles
+                batches = self._placed(self.data.whole(index, recycles=recycles))
+                out = functional_call(self.model, self.ema, (batches, recycles))
+                positions = out["structure_module"]["final_atom_positions"]
+                found[protein.name] = ca_scores(positions, batches[-1])
+        self.model.train()
+        return found
+
+    def _backward(self, example: Example) -> tuple[float, float, float]:
+        """Add one protein's gradients; its loss, backbone error and distogram loss."""
+        batches = self._placed(example.batches)
+        out = self.model(batches, recycles=len(batches) - 1)
+        loss, parts = total_loss(self.recipe.model, batches[-1], out)
+        (loss / self.recipe.batch_size).backward()
+        return (
+            loss.item(),
+            parts["structure_module"]["fape"].item(),
+            parts["distogram"]["loss"].item() if "distogram" in parts else 0.0,
+        )
+
+    def _placed(self, batches: Sequence[Batch]) -> list[Batch]:
+        dtype = getattr(torch, self.recipe.dtype)
+        return [
+            {
+                name: value.to(self.device, dtype if value.is_floating_point() else None)
+                for name, value in batch.items()
+            }
+            for batch in batches
+        ]
+
+
+def _fill_gradients(model: AlphaFold) -> None:
+    """Zeros for what this loss does not reach, so that the optimizer's state is whole to save."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

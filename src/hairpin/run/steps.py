@@ -1,0 +1,70 @@
+"""What every training loop shares: moving the weights, seeding a step, going on with a run."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hairpin.errors import CheckpointError, NumericsError, RecipeError
+from hairpin.run import checkpoint, metrics
+from hairpin.run.recipes.schedule import Schedule
+
+
+def update(state: checkpoint.TrainState, recipe: Schedule, step: int, loss: float) -> float:
+    """Clip, move the weights and their average; returns the norm before clipping.
+
+    Raises:
+        NumericsError: the loss or a gradient is not finite; nothing has moved.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+    _require_finite(step, loss, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = recipe.learning_rate(step)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    keep = recipe.ema_decay_at(step)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            state.ema[name].lerp_(parameter, 1 - keep)
+    return norm.item()
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Let torch's generator depend on nothing but the step and the share of the examples."""
+    (state,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
+
+
+def open_log(out_dir: Path, first_step: int, source: Path | None) -> metrics.MetricsLog:
+    """The metrics file of a run that is new, or goes on from the checkpoint ``source``."""
+    history = None if source is None else checkpoint.history_of(source)
+    path = out_dir / checkpoint.METRICS_FILE
+    return metrics.MetricsLog(path, after_step=first_step, history=history)
+
+
+def require_work(first_step: int, last_step: int, source: Path | None) -> None:
+    """Raise unless there is a step to do.
+
+    Raises:
+        RecipeError: fewer than one step is asked for.
+        CheckpointError: the checkpoint has done them all.
+    """
+    if last_step < 1:
+        raise RecipeError(f"got steps={last_step}; train for at least 1 step")
+    if last_step <= first_step:
+        raise CheckpointError(
+            f"{source} has done {first_step} steps already and the run is to stop at {last_step}; "
+            f"give --steps above {first_step}"
+        )
+
+
+def _require_finite(step: int, loss: float, norm: Tensor) -> None:
+    if np.isfinite(loss) and norm.isfinite():
+        return
+    what = "the norm of the gradients" if np.isfinite(loss) else "the loss"
+    value = norm.item() if np.isfinite(loss) else loss
+    raise NumericsError(
+        f"{what} is {value} at step {step + 1}; this step was not taken and the last checkpoint is "
+        "good: lower lr or clip_norm in the recipe, or try --dtype float64"
+    )
