@@ -35,7 +35,7 @@ $(VENV)/run.stamp: pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@echo "installing the tools for tests and docs"
-	@$(PIP) install $(PIP_FLAGS) --editable ".[video,fold,report,hf,docs,dev]"
+	@$(PIP) install $(PIP_FLAGS) --editable ".[video,fold,report,triton,hf,docs,dev]"
 	@touch $@
 
 # Goes on from the checkpoint that the repository carries, so that minutes of training are enough.

@@ -155,3 +155,31 @@ def test_openfold_hands_on_its_options_and_prints_and_writes(tmp_path, monkeypat
         assert words in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert len(json.loads((tmp_path / "openfold.json").read_text())["table"]) == 2
+
+
+def test_kernels_says_what_was_measured(tmp_path):
+    arguments = ["kernels", "--lengths", "5,8", "--rounds", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    for words in ("attention", "sdpa", "gated_projections", "merged", "GPU: "):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert len(result["rows"]) == 2 * 2 * (3 + 3 + 2 + 3)
+    assert all(row["time_s"] > 0 and row["peak_bytes"] > 0 for row in result["rows"])
+    if not torch.cuda.is_available():
+        assert result["gpu"] == "not yet measured: torch sees no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--operations", "atention"], "there is no part 'atention'"),
+        (["--lengths", "64,x"], "cannot read the lengths '64,x'"),
+        (["--lengths", "0"], "cannot read the lengths '0'"),
+    ],
+)
+def test_kernels_refuses_what_it_cannot_measure(tmp_path, arguments, message):
+    done = CliRunner().invoke(app, ["kernels", *arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())

@@ -18,7 +18,7 @@ def by_name(findings):
 def test_the_table_holds_every_finding(run):
     findings = json.loads(run("doctor", "--json").out)["findings"]
     table = run("doctor").out
-    assert {"software", "devices", "back ends", "links", "extras", "bench"} == {
+    assert {"software", "devices", "kernels", "back ends", "links", "extras", "bench"} == {
         finding["topic"] for finding in findings
     }
     for finding in findings:
@@ -115,3 +115,20 @@ def test_the_reason_of_the_bench_is_passed_on(monkeypatch):
     (finding,) = doctor.examine_bench()
     assert (finding.present, finding.detail) == (False, "no ip command")
     assert "loopback" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why", "words"),
+    [
+        (False, None, "no CUDA device; attention, "),
+        (True, None, "attention, gated_projections, gated_residual and layer_norm run in Triton"),
+        (True, "Triton is not installed", "Triton is not installed; attention, "),
+    ],
+)
+def test_which_kernels_compute(monkeypatch, gpu, why, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("hairpin.kernels.choice.why_not_here", lambda: why)
+    (finding,) = doctor.examine_kernels()
+    assert finding.present == (gpu and why is None)
+    assert words in finding.detail
+    assert (finding.remedy is not None) == (why == "Triton is not installed")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hairpin import kernels
 from hairpin.cli.app import app
 from hairpin.errors import DataError, WeightsError
-from hairpin.models.alphafold import primitives
 from hairpin.run.verify import _subset, shipped, verify
 
 FILES = {path.stem: path for path in shipped()}
@@ -73,9 +73,9 @@ def test_a_changed_number_fails(tmp_path):
 
 def test_a_wrong_model_fails(monkeypatch):
     """Attention that forgets its scale is found out."""
-    real = primitives.attend
+    real = kernels.attention
     monkeypatch.setattr(
-        primitives, "attend", lambda q, k, v, **given: real(1.01 * q, k, v, **given)
+        kernels, "attention", lambda q, k, v, **given: real(1.01 * q, k, v, **given)
     )
     assert not verify(FILES["evoformer_modules"]).passed
     assert not verify(FILES["multimer_v3_three_chains"]).passed

@@ -393,3 +393,73 @@ def _switch_lines(result: dict[str, Any]) -> list[str]:
         f"{overlap['hidden']:.1%} of what can be hidden is hidden"
     )
     return [", ".join(f"{name} {time}" for name, time in times.items()), against, together]
+
+
+@app.command("kernels")
+def kernels(
+    *,
+    operations: Annotated[
+        str | None, typer.Option(help="Which to measure, separated by commas; all if left out.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Residues, separated by commas; 32,64,128 on a CPU and 256 to 4096 on CUDA."
+        ),
+    ] = None,
+    rounds: Rounds = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    json: Json = False,
+) -> None:
+    """Time the kernels and their peak memory against what torch has, with and without backward."""
+    _quiet_torch()
+    _make(out)
+    from hairpin.bench import kernels as bench
+
+    settings = bench.Settings(
+        operations=bench.OPERATIONS
+        if operations is None
+        else _chosen(operations, bench.OPERATIONS),
+        lengths=() if lengths is None else _lengths(lengths),
+        rounds=rounds,
+    )
+    _warn_of_load()
+    result = bench.measure(settings, say=say)
+    _save(result, out, "kernels")
+    if json:
+        print_json(result)
+    else:
+        _print_kernels(result)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(
+            f"cannot read the lengths {text!r}; write whole numbers from 1 on, separated by "
+            "commas, for example 256,512"
+        )
+    return tuple(int(word) for word in words)
+
+
+def _print_kernels(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        box=None, title=f"on {result['device']}, {result['dtype'].removeprefix('torch.')}"
+    )
+    for heading in ("operation", "R", "backward", "by", "time", "peak"):
+        left = heading in {"operation", "by"}
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in result["rows"]:
+        fits = row["time_s"] is not None
+        table.add_row(
+            row["operation"],
+            str(row["length"]),
+            "yes" if row["backward"] else "no",
+            row["contender"],
+            format_time(row["time_s"]) if fits else "out of memory",
+            format_bytes(row["peak_bytes"]) if fits else "",
+        )
+    stdout().print(table)
+    print_text(f"GPU: {result['gpu']}")

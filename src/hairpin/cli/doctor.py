@@ -50,6 +50,7 @@ def examine() -> list[Finding]:
     return [
         *examine_software(),
         *examine_devices(),
+        *examine_kernels(),
         *examine_backends(),
         *examine_links(),
         *examine_extras(),
@@ -156,6 +157,27 @@ def _mps(*, built: bool, available: bool) -> Finding:
         else f"only on Apple machines; this is {sys.platform}"
     )
     return Finding("devices", "mps", False, why)
+
+
+def examine_kernels() -> Iterator[Finding]:
+    """Whether the Triton kernels compute on this machine, or torch's own operations."""
+    import torch
+
+    from hairpin import kernels
+    from hairpin.kernels.choice import why_not_here
+
+    functions = [name for name in kernels.__all__ if name.islower()]
+    names = f"{', '.join(functions[:-1])} and {functions[-1]}"
+    why = why_not_here() if torch.cuda.is_available() else "no CUDA device"
+    if why is None:
+        detail = f"{names} run in Triton on CUDA tensors of float32, float16 and bfloat16"
+        yield Finding("kernels", "in Triton", True, detail)
+        return
+    remedy = None
+    if why == "Triton is not installed":
+        remedy = 'pip install "hairpin[triton]"'
+    detail = f"{why}; {names} are torch's own operations, with the same results"
+    yield Finding("kernels", "in Triton", False, detail, remedy)
 
 
 def examine_backends() -> Iterator[Finding]:

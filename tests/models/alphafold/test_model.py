@@ -187,11 +187,12 @@ def test_shared_dropout_is_alike_along_its_dim(dim):
     torch.manual_seed(0)
     drop = SharedDropout(0.25, dim=dim)
     x = torch.ones(50, 60, 8)
-    out = drop(x)
+    residual = torch.full_like(x, 2.0)
+    out = drop(x, residual) - residual
     assert torch.equal(out, out.narrow(dim, 0, 1).expand_as(out))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert abs((out == 0).float().mean() - 0.25) < 0.06
-    assert drop.eval()(x) is x
+    assert torch.equal(drop.eval()(x, residual), residual + x)
 
 
 def test_dropout_is_for_training_only():

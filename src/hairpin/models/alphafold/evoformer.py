@@ -53,7 +53,7 @@ class EvoformerBlock(nn.Module):
         """``m[s, r, c_m], z[i, j, c_z], msa_mask[s, r], pair_mask[i, j]`` to new ``m, z``."""
         if self.outer_first:
             z = z + self.outer_product_mean(m, msa_mask)
-        m = m + self.msa_dropout(self.msa_row_attention_with_pair_bias(m, z, msa_mask))
+        m = self.msa_dropout(self.msa_row_attention_with_pair_bias(m, z, msa_mask), m)
         m = m + self._column(m, msa_mask)
         m = m + self.msa_transition(m)
         if not self.outer_first:

@@ -7,7 +7,13 @@ Dims: s sequences, r residues (i, j where a pair needs two), c channels, h heads
 import torch
 from torch import Tensor, nn
 
-from hairpin.models.alphafold.primitives import Attention, GlobalAttention, Linear, PairBias
+from hairpin.models.alphafold.primitives import (
+    Attention,
+    GlobalAttention,
+    LayerNorm,
+    Linear,
+    PairBias,
+)
 
 _FEWEST = 1e-3  # keeps the mean over no sequences finite
 
@@ -17,7 +23,7 @@ class MSARowAttentionWithPairBias(nn.Module):
 
     def __init__(self, c_m: int, c_z: int, heads: int) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(c_m)
+        self.query_norm = LayerNorm(c_m)
         self.pair_bias = PairBias(c_z, heads, norm=True)
         self.attention = Attention(c_m, heads)
 
@@ -32,7 +38,7 @@ class MSAColumnAttention(nn.Module):
 
     def __init__(self, c_m: int, heads: int) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(c_m)
+        self.query_norm = LayerNorm(c_m)
         self.attention = Attention(c_m, heads)
 
     def forward(self, m: Tensor, mask: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ class MSAColumnGlobalAttention(nn.Module):
 
     def __init__(self, c_m: int, heads: int) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(c_m)
+        self.query_norm = LayerNorm(c_m)
         self.attention = GlobalAttention(c_m, heads)
 
     def forward(self, m: Tensor, mask: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class OuterProductMean(nn.Module):
 
     def __init__(self, c_m: int, c_z: int, c_outer: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(c_m)
+        self.norm = LayerNorm(c_m)
         self.left = OuterOperand(c_m, c_outer)
         self.right = OuterOperand(c_m, c_outer)
         self.output = Linear(c_outer**2, c_z, init="final", heads_in=c_outer)

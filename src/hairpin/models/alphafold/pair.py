@@ -4,11 +4,12 @@ Dims: i, j, k residues, c channels, h heads. Pair representation ``z[i, j, c_z]`
 ``[i, j]`` with 1 where both residues exist.
 """
 
-import torch
 from torch import Tensor, nn
 
+from hairpin import kernels
 from hairpin.models.alphafold.primitives import (
     Attention,
+    LayerNorm,
     Linear,
     PairBias,
     SharedDropout,
@@ -31,9 +32,10 @@ class TriangleOperands(nn.Module):
 
     def forward(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``z[i, j, c_z], mask[i, j] -> [i, j, c], [i, j, c]``."""
-        a = torch.sigmoid(self.left_gate(z)) * self.left_projection(z)
-        b = torch.sigmoid(self.right_gate(z)) * self.right_projection(z)
-        return a * mask[..., None], b * mask[..., None]
+        left = _gated(self.left_projection, self.left_gate)
+        right = _gated(self.right_projection, self.right_gate)
+        a, b = kernels.gated_projections(z, mask, left, right)
+        return a, b
 
 
 class FusedTriangleOperands(nn.Module):
@@ -46,9 +48,13 @@ class FusedTriangleOperands(nn.Module):
 
     def forward(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``z[i, j, c_z], mask[i, j] -> [i, j, c], [i, j, c]``."""
-        both = torch.sigmoid(self.gate(z)) * self.projection(z) * mask[..., None]
+        (both,) = kernels.gated_projections(z, mask, _gated(self.projection, self.gate))
         a, b = both.chunk(2, -1)
         return a, b
+
+
+def _gated(layer: Linear, gate: Linear) -> kernels.GatedLinear:
+    return kernels.GatedLinear(layer.weight, layer.bias, gate.weight, gate.bias)
 
 
 class TriangleProduct(nn.Module):
@@ -80,10 +86,10 @@ class TriangleMultiplication(nn.Module):
 
     def __init__(self, c_z: int, c: int, *, outgoing: bool, fused: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(c_z)
+        self.norm = LayerNorm(c_z)
         self.operands = FusedTriangleOperands(c_z, c) if fused else TriangleOperands(c_z, c)
         self.product = TriangleProduct(outgoing=outgoing)
-        self.center_norm = nn.LayerNorm(c)
+        self.center_norm = LayerNorm(c)
         self.output_projection = Linear(c, c_z, init="final")
         self.gating_linear = Linear(c_z, c_z, init="gating")
 
@@ -92,7 +98,7 @@ class TriangleMultiplication(nn.Module):
         z = self.norm(z)
         a, b = self.operands(z, mask)
         update: Tensor = self.output_projection(self.center_norm(self.product(a, b)))
-        return torch.sigmoid(self.gating_linear(z)) * update
+        return kernels.gated_residual(update, gate=self.gating_linear(z))
 
 
 class TriangleAttention(nn.Module):
@@ -101,7 +107,7 @@ class TriangleAttention(nn.Module):
     def __init__(self, c_z: int, heads: int, *, starting: bool) -> None:
         super().__init__()
         self.starting = starting
-        self.query_norm = nn.LayerNorm(c_z)
+        self.query_norm = LayerNorm(c_z)
         self.pair_bias = PairBias(c_z, heads, norm=False)
         self.attention = Attention(c_z, heads)
 
@@ -163,9 +169,9 @@ class PairStack(nn.Module):
         return z + self.pair_transition(z)  # type: ignore[no-any-return]
 
     def _multiply(self, z: Tensor, mask: Tensor) -> Tensor:
-        z = z + self.dropout_row(self.triangle_multiplication_outgoing(z, mask))
-        return z + self.dropout_row(self.triangle_multiplication_incoming(z, mask))  # type: ignore[no-any-return]
+        z = self.dropout_row(self.triangle_multiplication_outgoing(z, mask), z)
+        return self.dropout_row(self.triangle_multiplication_incoming(z, mask), z)  # type: ignore[no-any-return]
 
     def _attend(self, z: Tensor, mask: Tensor) -> Tensor:
-        z = z + self.dropout_row(self.triangle_attention_starting_node(z, mask))
-        return z + self.dropout_column(self.triangle_attention_ending_node(z, mask))  # type: ignore[no-any-return]
+        z = self.dropout_row(self.triangle_attention_starting_node(z, mask), z)
+        return self.dropout_column(self.triangle_attention_ending_node(z, mask), z)  # type: ignore[no-any-return]

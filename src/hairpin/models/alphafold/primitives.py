@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hairpin import kernels
+from hairpin.kernels.attention import MASKED
+
 Init = Literal["default", "relu", "glorot", "normal", "gating", "final"]
 
-MASKED = -1e9  # added to the logits of masked keys
 _CUT_STD = 0.87962566103423978  # standard deviation of a unit normal cut off at 2
 
 
@@ -61,53 +63,12 @@ class Linear(nn.Linear):
             nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Softmax attention: the inner part of Suppl. Algs 7, 8, 13, 14 and 17.
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation of the last dim: ``x[..., c]`` to the same."""
 
-    Args:
-        q: queries ``[b, h, q, d]``, not yet scaled.
-        k: keys ``[b, h, k, d]``.
-        v: values ``[b, h, k, d]``.
-        mask: 1 where a key counts, ``[b, k]``; a row with no key attends to all alike.
-        bias: added to the logits, ``[h, q, k]``.
-
-    Returns:
-        ``[b, h, q, d]``.
-    """
-    if bias is None:
-        added = None if mask is None else key_bias(mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
-    if bias.requires_grad and torch.is_grad_enabled():  # torch's fused kernels give it no gradient
-        return _attend_plainly(q, k, v, mask, bias)
-    return _attend_fused(q, k, v, mask, bias)
-
-
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
-    logits: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
-    if mask is not None:
-        logits = logits + key_bias(mask)
-    return logits.softmax(-1) @ v
-
-
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
-    """The same without logits in memory: the mask is one more channel, of queries 1.
-
-    So the bias is never added to the mask, which would make it as large as the logits.
-    """
-    d = q.shape[-1]
-    q = q * d**-0.5
-    if mask is not None:
-        masked = key_bias(mask).transpose(-1, -2).expand(*k.shape[:-1], 1)
-        q, k, v = F.pad(q, (0, 1), value=1.0), torch.cat([k, masked], -1), F.pad(v, (0, 1))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0)
-    return y[..., :d]
-
-
-def key_bias(mask: Tensor) -> Tensor:
-    """What a key's mask adds to its logits: ``[b, k] -> [b, 1, 1, k]``."""
-    return (MASKED * (1 - mask))[:, None, None, :]
+    def forward(self, x: Tensor) -> Tensor:
+        """``x[..., c] -> [..., c]``."""
+        return kernels.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -164,9 +125,9 @@ class Attention(nn.Module):
         memory = x if memory is None else memory
         q = self._heads(self.query(x))
         k, v = self._heads(self.key(memory)), self._heads(self.value(memory))
-        y = attend(q, k, v, mask=mask, bias=bias).transpose(-2, -3).flatten(-2)
+        y = kernels.attention(q, k, v, mask=mask, bias=bias).transpose(-2, -3).flatten(-2)
         if self.gate is not None:
-            y = torch.sigmoid(self.gate(x)) * y
+            y = kernels.gated_residual(y, gate=self.gate(x))
         return self.output(y)  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -209,7 +170,7 @@ class PairBias(nn.Module):
 
     def __init__(self, c_z: int, heads: int, *, norm: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(c_z) if norm else nn.Identity()
+        self.norm = LayerNorm(c_z) if norm else nn.Identity()
         self.linear = Linear(c_z, heads, bias=False, init="normal")
 
     def forward(self, z: Tensor) -> Tensor:
@@ -218,7 +179,7 @@ class PairBias(nn.Module):
 
 
 class SharedDropout(nn.Module):
-    """Dropout whose mask is the same all along one dim (Suppl. Sec. 1.11.6).
+    """Dropout of an update before it is added; the same all along one dim (Suppl. Sec. 1.11.6).
 
     ``dim=0`` is the paper's DropoutRowwise, ``dim=1`` its DropoutColumnwise.
     """
@@ -228,13 +189,14 @@ class SharedDropout(nn.Module):
         self.rate = rate
         self.dim = dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` with the same shape, part of it zero and the rest scaled up, in training only."""
-        if not self.training or not self.rate:
-            return x
-        shape = list(x.shape)
-        shape[self.dim] = 1
-        return x * F.dropout(x.new_ones(shape), self.rate, training=True)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + x``; in training part of ``x`` is zero and the rest scaled up."""
+        kept = None
+        if self.training and self.rate:
+            shape = list(x.shape)
+            shape[self.dim] = 1
+            kept = F.dropout(x.new_ones(shape), self.rate, training=True)
+        return kernels.gated_residual(x, kept=kept, residual=residual)
 
 
 class Transition(nn.Module):
@@ -242,7 +204,7 @@ class Transition(nn.Module):
 
     def __init__(self, c: int, factor: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(c)
+        self.norm = LayerNorm(c)
         self.linear_1 = Linear(c, factor * c, init="relu")
         self.linear_2 = Linear(factor * c, c, init="final")
 
