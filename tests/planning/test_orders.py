@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.graph.export import trace
+from hairpin.planning.emit import emit
 from hairpin.planning.graphs import Graphs
-from hairpin.planning.program import Search, make_program
+from hairpin.planning.program import Search, make_program, region_of
 from hairpin.planning.speeds import Speeds
 
 
@@ -147,6 +148,54 @@ def test_blocks_that_make_their_masks_take_other_lengths_and_come_from_a_file(
             assert hp.profile(model, given).peak_bytes <= MASK_BYTES // 2
     hp.detach(model)
     torch.testing.assert_close(model(other).detach(), wholes[1])
+
+
+def test_a_mask_of_what_the_blocks_are_given_anyway() -> None:
+    class Padded(Layer):
+        def forward(self, x: Tensor, pad: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x, mask) * pad[..., None]
+
+    class Model(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Padded() for _ in range(2))
+
+        def forward(self, tokens: Tensor, pad: Tensor) -> Tensor:
+            places = torch.arange(tokens.shape[1])
+            allowed = (places[None, :] <= places[:, None]) & (pad[:, None, None, :] > 0)
+            mask, x = torch.where(allowed, 0.0, -1e9), self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x, pad, mask)
+            return x
+
+    torch.manual_seed(0)
+    model, tokens = Model().eval(), torch.randint(0, 11, (1, LENGTH))
+    pad = (torch.arange(LENGTH) < LENGTH - 50).float()[None]
+    with torch.no_grad():
+        whole = model(tokens, pad)
+        hp.parallelize(model, hp.plan(model, (tokens, pad), memory=MASK_BYTES // 2))
+        torch.testing.assert_close(model(tokens, pad), whole)
+        assert hp.profile(model, (tokens, pad)).peak_bytes <= MASK_BYTES // 2
+
+
+def test_a_loop_never_writes_into_what_it_reads_whole() -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.sin() * x.cos()
+            return (y @ y).tanh() + y
+
+    torch.manual_seed(0)
+    model, x = Square(), torch.randn(12, 12, dtype=torch.float64)
+    search = Search.of(trace(model, (x,), {}))
+    flat = search.traced.flat_inputs(model, model.forward, (x,), {})
+    loops = [c for c in search.found if c.start > 0]
+    assert loops
+    for candidate in loops:
+        module = emit(search.flow, [region_of(candidate)]).module
+        (found,) = module(*flat, 1)
+        torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+        assert candidate.saved_bytes == 0
+        assert all(out.into is None for out in module.get_submodule("loop_1").outs)
 
 
 def test_blocks_with_different_masks_keep_them() -> None:

@@ -34,6 +34,9 @@ _CHEAP = frozenset(
         "expand",
         "where",
         "masked_fill",
+        "__and__",
+        "__or__",
+        "__xor__",
     ]
 )
 
