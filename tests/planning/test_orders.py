@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.graph.export import trace
-from hairpin.planning.emit import emit
+from hairpin.planning.emit import Region, emit
 from hairpin.planning.graphs import Graphs
-from hairpin.planning.program import Search, make_program, region_of
+from hairpin.planning.program import Search, make_program
 from hairpin.planning.speeds import Speeds
 
 
@@ -191,7 +191,7 @@ def test_a_loop_never_writes_into_what_it_reads_whole() -> None:
     loops = [c for c in search.found if c.start > 0]
     assert loops
     for candidate in loops:
-        module = emit(search.flow, [region_of(candidate)]).module
+        module = emit(search.flow, [Region(candidate.start, candidate.end, candidate.seed)]).module
         (found,) = module(*flat, 1)
         torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
         assert candidate.saved_bytes == 0

@@ -15,11 +15,16 @@ from hairpin.planning.speeds import Speeds
 
 @dataclass(frozen=True)
 class Choice:
-    """A region with the chunk size that fits."""
+    """A region with the chunk size that fits.
+
+    Attributes:
+        inner: regions of a turn that run as loops themselves.
+    """
 
     candidate: Candidate
     chunk: int
     cost_s: float
+    inner: tuple["Choice", ...] = ()
 
 
 def largest_chunk(candidate: Candidate, budget_bytes: int) -> int:
@@ -27,7 +32,7 @@ def largest_chunk(candidate: Candidate, budget_bytes: int) -> int:
     if candidate.ahead_bytes > budget_bytes or candidate.fixed_bytes > budget_bytes:
         return 0
     room = budget_bytes - candidate.fixed_bytes
-    chunk = candidate.units
+    chunk = candidate.units if candidate.inside is None else 1
     for own, unit in candidate.moments:
         if own > room:
             return 0
@@ -91,6 +96,22 @@ def floor_bytes(candidate: Candidate) -> int:
     return max(candidate.ahead_bytes, int(candidate.fixed_bytes + candidate.turn(1)) + 1)
 
 
+def chosen(candidate: Candidate, budget_bytes: int, speeds: Speeds) -> Choice | None:
+    """A region with its chunk size, and the loops inside its turns; None where it does not fit."""
+    chunk = best_chunk(candidate, budget_bytes, speeds)
+    if not chunk:
+        return None
+    cost, inside = cost_s(candidate, chunk, speeds), candidate.inside
+    if inside is None:
+        return Choice(candidate, chunk, cost)
+    room = budget_bytes - candidate.fixed_bytes
+    inner = cheapest(inside.flow, inside.marks, inside.found, room, speeds)
+    if inner is None:
+        return None
+    cost += candidate.units * sum(each.cost_s for each in inner)
+    return Choice(candidate, chunk, cost, tuple(inner))
+
+
 def cheapest(
     flow: Flow,
     marks: Sequence[int],
@@ -104,9 +125,8 @@ def cheapest(
     }
     by_start: dict[int, list[Choice]] = {}
     for candidate in found:
-        chunk = best_chunk(candidate, budget_bytes, speeds)
-        if chunk:
-            choice = Choice(candidate, chunk, cost_s(candidate, chunk, speeds))
+        choice = chosen(candidate, budget_bytes, speeds)
+        if choice is not None:
             by_start.setdefault(candidate.start, []).append(choice)
     for place, mark in enumerate(marks[:-1]):
         if mark not in reached:

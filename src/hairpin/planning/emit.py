@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hairpin.graph.axes import Span
+from hairpin.graph.concrete import first_part
 from hairpin.graph.export import shape_of
 from hairpin.graph.halo import (
     NO_HALO,
@@ -23,7 +25,7 @@ from hairpin.graph.halo import (
     write_group_norm,
 )
 from hairpin.graph.lengths import hints, same_size
-from hairpin.graph.memory import Flow, Step, inplace, may_alias, operands, same_layout
+from hairpin.graph.memory import Flow, Step, flow_of, inplace, may_alias, operands, same_layout
 from hairpin.planning.loop import Loop, Out
 from hairpin.planning.masks import draw_seed, keyed_dropout, keyed_native_dropout
 from hairpin.planning.regions import Seed, Walk, axis_span, fits, reusable, seed_length, walk
@@ -46,13 +48,13 @@ class Region:
     Attributes:
         start, end: the window, end not included.
         seed: the tensor cut, or summed, and along which axis.
-        inner: regions of the loop's body, by its own steps.
+        inner: regions of the loop's body at chunk size 1, by its own steps, with their chunks.
     """
 
     start: int
     end: int
     seed: Seed
-    inner: tuple["Region", ...] = ()
+    inner: tuple[tuple["Region", int], ...] = ()
 
 
 @dataclass(eq=False)
@@ -62,7 +64,7 @@ class Emitted:
     Attributes:
         loops: name of each loop -> its region, outer loops first.
         bound: whether it holds for the example's lengths alone, since a loop cuts a dim that the
-            graph merged from several lengths.
+            graph merged from several lengths, or has loops inside.
     """
 
     module: fx.GraphModule
@@ -81,6 +83,25 @@ def emit(flow: Flow, regions: Sequence[Region], *, reuse: bool = True) -> Emitte
     """
     writer = _Writer(flow, sorted(regions, key=lambda region: region.start), reuse=reuse)
     return writer.write()
+
+
+def body_of(flow: Flow, region: Region) -> Flow:
+    """The steps of one turn of a region's loop at chunk size 1.
+
+    Raises:
+        EmissionError: the region cannot be a loop, or its turns depend on where they begin.
+    """
+    writer = _Writer(flow, [replace(region, inner=())], reuse=False)
+    loop = writer.write().module.get_submodule("loop_1")
+    assert isinstance(loop, Loop)
+    return _one_turn(loop)
+
+
+def _one_turn(loop: Loop) -> Flow:
+    given = [node.meta["val"] for node in loop.body.graph.nodes if node.op == "placeholder"]
+    if loop.counts_from or None in [value for value in given if not isinstance(value, Tensor)]:
+        raise EmissionError("a turn that depends on more than its parts has no loops inside")
+    return flow_of(first_part(loop.body.graph, loop.cuts))
 
 
 class _Writer:
@@ -163,6 +184,11 @@ class _Writer:
 
     def _output(self, node: fx.Node) -> None:
         self.graph.output(fx.node.map_arg(node.args[0], self.whole))
+
+
+def _bound(placeholder: fx.Node, value: int, node: fx.Node) -> Any:
+    """What a reader of an input is given where that input has one value only."""
+    return value if node is placeholder else node
 
 
 def _is_getitem(node: fx.Node) -> bool:
@@ -428,7 +454,7 @@ class _RegionWriter:
         self._check_lengths(outs)
         into = self._write_back(outs) if writer.reuse else {}
         self.body.output(tuple(self._part(out.node, self._out_span(out)) for out in outs))
-        if writer.reuse:
+        if writer.reuse and not self.region.inner:
             reuse_storages(self.body)
         loop = Loop(
             fx.GraphModule(nn.Module(), self.body),
@@ -436,22 +462,32 @@ class _RegionWriter:
             [self._out(out, into.get(out.index)) for out in outs],
             counts_from=self.begin is not None,
         )
+        if self.region.inner:
+            loop.body = self._with_loops(loop)
         writer.modules.add_module(self.name, loop)
         arguments = tuple(self._argument(source) for source, _ in self.given)
         call = writer.graph.call_module(self.name, (writer.chunks[self.name], *arguments))
         values = [out.node.meta["val"] for out in outs]
         call.meta["val"] = values[0] if len(values) == 1 else tuple(values)
-        call.meta["written_into"] = {
-            place: arguments[target]
-            for place, out in enumerate(loop.outs)
-            if (target := out.into) is not None
-        }
         for place, out in enumerate(outs):
             made = call
             if len(outs) > 1:
                 made = writer.graph.call_function(operator.getitem, (call, place))
                 made.meta["val"] = values[place]
             writer.env[out.node] = made
+
+    def _with_loops(self, loop: Loop) -> fx.GraphModule:
+        """The body with loops of its own, whose chunk sizes are written into it."""
+        self.writer.bound = True
+        regions, chunks = zip(*self.region.inner, strict=True)
+        module = emit(_one_turn(loop), regions, reuse=self.writer.reuse).module
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        for node, chunk in zip(placeholders[-len(chunks) :], chunks, strict=True):
+            for user in list(node.users):
+                user.args = fx.node.map_arg(user.args, partial(_bound, node, chunk))
+            module.graph.erase_node(node)
+        module.recompile()
+        return module
 
     def _argument(self, source: Any) -> fx.Node:
         """What the loop is called with for one of its inputs."""

@@ -28,6 +28,7 @@ class LoopRegion:
         fixed_bytes: alive during the loop whatever the chunk.
         unit_bytes: alive per unit of the chunk.
         cost_s: predicted seconds beyond the same operations without a loop.
+        inner: loops inside a turn, by the steps of its own graph.
     """
 
     first: str
@@ -46,6 +47,7 @@ class LoopRegion:
     fixed_bytes: int
     unit_bytes: int
     cost_s: float
+    inner: tuple["LoopRegion", ...] = ()
 
     @property
     def turns(self) -> int:
@@ -123,7 +125,13 @@ def _loop(flow: Flow, choice: Choice) -> LoopRegion:
         fixed_bytes=found.fixed_bytes,
         unit_bytes=round(found.unit_bytes),
         cost_s=choice.cost_s,
+        inner=_inner(choice),
     )
+
+
+def _inner(choice: Choice) -> tuple[LoopRegion, ...]:
+    inside = choice.candidate.inside
+    return () if inside is None else tuple(_loop(inside.flow, each) for each in choice.inner)
 
 
 def explain_loops(blocks: Sequence[BlockLoops]) -> list[tuple[str, ...]]:
@@ -133,22 +141,26 @@ def explain_loops(blocks: Sequence[BlockLoops]) -> list[tuple[str, ...]]:
     ]
     for block in blocks:
         name = names_of(block)
-        for number, loop in enumerate(block.loops):
-            over = "sum" if loop.dim is None else f"dim {loop.dim}"
-            holds = loop.fixed_bytes + loop.unit_bytes * loop.chunk
-            rows.append(
-                (
-                    name if number == 0 else "",
-                    f"{over} of {loop.tensor} {list(loop.shape)}",
-                    str(loop.units),
-                    str(loop.chunk),
-                    str(loop.turns),
-                    f"{loop.first} .. {loop.last} ({loop.steps})",
-                    format_bytes(holds),
-                    format_time(loop.cost_s),
-                )
-            )
+        found = [row for loop in block.loops for row in _rows(loop)]
+        names = [name] + [""] * (len(found) - 1)
+        rows += [(name, *row) for name, row in zip(names, found, strict=False)]
     return rows
+
+
+def _rows(loop: LoopRegion, mark: str = "") -> list[tuple[str, ...]]:
+    """What is said of a loop and, below it, of those inside."""
+    over = "sum" if loop.dim is None else f"dim {loop.dim}"
+    holds = loop.fixed_bytes + loop.unit_bytes * loop.chunk
+    own = (
+        f"{mark}{over} of {loop.tensor} {list(loop.shape)}",
+        str(loop.units),
+        str(loop.chunk),
+        str(loop.turns),
+        f"{loop.first} .. {loop.last} ({loop.steps})",
+        format_bytes(holds),
+        format_time(loop.cost_s),
+    )
+    return [own, *(row for each in loop.inner for row in _rows(each, f"{mark}inside: "))]
 
 
 def names_of(block: BlockLoops) -> str:
@@ -165,12 +177,14 @@ def loops_from(data: Sequence[Mapping[str, Any]]) -> tuple[BlockLoops, ...]:
             **{
                 **block,
                 "modules": tuple(block["modules"]),
-                "loops": tuple(
-                    LoopRegion(**{"dim": None, **loop, "shape": tuple(loop["shape"])})
-                    for loop in block["loops"]
-                ),
+                "loops": tuple(_loop_from(loop) for loop in block["loops"]),
                 "rewrites": tuple(Reorder(**each) for each in block.get("rewrites", ())),
             }
         )
         for block in data
     )
+
+
+def _loop_from(data: Mapping[str, Any]) -> LoopRegion:
+    inner = tuple(_loop_from(each) for each in data.get("inner", ()))
+    return LoopRegion(**{"dim": None, **data, "shape": tuple(data["shape"]), "inner": inner})

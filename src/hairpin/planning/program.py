@@ -8,18 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hairpin.errors import MemoryBudgetError
+from hairpin.graph.concrete import concrete
 from hairpin.graph.export import Port, Traced, packed_outputs
 from hairpin.graph.leaf import BlockCall, state
 from hairpin.graph.lengths import compiled, hint
 from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
-from hairpin.planning.choose import Bottleneck, Choice, best_chunk, bottleneck, cheapest
-from hairpin.planning.emit import EmissionError, Emitted, Region, emit
+from hairpin.planning.choose import (
+    Bottleneck,
+    Choice,
+    best_chunk,
+    bottleneck,
+    cheapest,
+    floor_bytes,
+)
+from hairpin.planning.emit import EmissionError, Emitted, Region, body_of, emit
 from hairpin.planning.loop import Loop
+from hairpin.planning.nested import nested
 from hairpin.planning.regions import (
     Candidate,
     Seed,
@@ -38,6 +46,7 @@ _TRIES = 8  # certificates asked for before a budget counts as out of reach
 _CORRECTIONS = 3  # certificates that may correct the chunk sizes at new lengths
 _ORDERS = 4  # of a graph, tried against one bottleneck
 _MOST_REWRITES = 24  # from a graph's own order
+_MOST_NESTED = 16  # regions with loops inside
 _LOWER = 0.98  # of a floor, below which another order is worth having
 _MOST_BANNED = 100  # regions that turned out not to be writable as a loop
 
@@ -100,7 +109,15 @@ class Search:
 
     @cached_property
     def better(self) -> "Search | None":
-        """The same graph in an order without its bottleneck; None where none is found."""
+        """The same graph without its bottleneck; None where no way is found.
+
+        Other orders come first. Loops inside others come last: they hold for these lengths and
+        this order only.
+        """
+        nests = any(candidate.inside is not None for candidate in self.found)
+        return (None if nests else self._in_another_order()) or self._with_loops_inside()
+
+    def _in_another_order(self) -> "Search | None":
         worst = self._bottleneck
         if len(self.rewrites) >= _MOST_REWRITES:
             return None
@@ -114,7 +131,7 @@ class Search:
         ]
         wanted.sort(key=lambda each: (each[0], each[1].end - each[1].start))
         for _, candidate in wanted[:_ORDERS]:
-            rewrite = Reorder.of(region_of(candidate))
+            rewrite = Reorder.of(Region(candidate.start, candidate.end, candidate.seed))
             try:
                 order = rewrite(self.traced)
             except EmissionError:
@@ -124,6 +141,29 @@ class Search:
             elsewhere = now.end <= candidate.start or now.start >= candidate.end + longer
             if now.nbytes < _LOWER * worst.nbytes or (elsewhere and now.nbytes <= worst.nbytes):
                 return found
+        return None
+
+    def _with_loops_inside(self) -> "Search | None":
+        """With one more region around its bottleneck whose turns have loops of their own."""
+        worst = self._bottleneck
+        enough = _LOWER * worst.nbytes
+        known = {candidate.key for candidate in self.found}
+        wanted = [
+            (least, candidate)
+            for candidate in self.found
+            if candidate.start < worst.end
+            and candidate.end > worst.start
+            and (least := max(candidate.ahead_bytes, candidate.fixed_bytes)) < enough
+            and floor_bytes(candidate) >= enough
+            and (*candidate.key[:3], True) not in known
+        ]
+        if sum(inside for *_, inside in known) >= _MOST_NESTED:
+            return None
+        wanted.sort(key=lambda each: (each[0], each[1].start - each[1].end))
+        for _, candidate in wanted[:_ORDERS]:
+            made = nested(self.flow, candidate)
+            if made is not None and floor_bytes(made) < enough:
+                return replace(self, found=[*self.found, made])
         return None
 
 
@@ -205,23 +245,14 @@ class Program:
     def code(self) -> str:
         """The graph as Python, and the body of each loop, for people to read."""
         parts = [_readable(self.emitted.module)]
-        for (name, _), choice in zip(self.emitted.loops.items(), self.choices, strict=True):
-            loop = self.emitted.module.get_submodule(name)
-            assert isinstance(loop, Loop)
-            units = choice.candidate.units
-            parts += [
-                f"# {name}: {units} units, {choice.chunk} at a time",
-                *(f"#   {line}" for line in loop.words()),
-                _readable(loop.body),
-            ]
+        parts += _code_of_loops(self.emitted.module, self.choices)
         return "\n".join(parts)
 
     def compile_bodies(self) -> None:
         """Hand the body of each loop to ``torch.compile``; the loop itself stays Python."""
-        for name in self.emitted.loops:
-            loop = self.emitted.module.get_submodule(name)
-            assert isinstance(loop, Loop)
-            loop.body.compile(dynamic=True)
+        for loop in self.emitted.module.modules():
+            if isinstance(loop, Loop) and not any(isinstance(m, Loop) for m in loop.body.modules()):
+                loop.body.compile(dynamic=True)
 
     def at(self, flat: Sequence[Any]) -> "Program":
         """This program with the chunk sizes for the lengths of these inputs, certified for them.
@@ -360,7 +391,7 @@ def _program(
         if choices is None:
             break
         try:
-            emitted = emit(search.flow, [region_of(choice.candidate) for choice in choices])
+            emitted = emit(search.flow, [region_of(choice) for choice in choices])
         except EmissionError as error:
             banned.add(choices[error.place].candidate.key)
             continue
@@ -410,38 +441,26 @@ def _over(certificate: Timeline, budget_bytes: int) -> dict[str, int]:
     return found
 
 
+def _code_of_loops(module: nn.Module, choices: Sequence[Choice], within: str = "") -> list[str]:
+    """The bodies of a graph's loops, and of those inside them."""
+    parts = []
+    for number, choice in enumerate(choices, start=1):
+        name = f"{within}loop_{number}"
+        loop = module.get_submodule(f"loop_{number}")
+        assert isinstance(loop, Loop)
+        parts += [
+            f"# {name}: {choice.candidate.units} units, {choice.chunk} at a time",
+            *(f"#   {line}" for line in loop.words()),
+            _readable(loop.body),
+            *_code_of_loops(loop.body, choice.inner, f"{name}."),
+        ]
+    return parts
+
+
 def _readable(module: fx.GraphModule) -> str:
     """The code of a graph without the lines that only release values."""
     lines = [line.partition(";  ")[0].rstrip() for line in module.code.splitlines()]
     return "\n".join(line.replace("torch.ops.aten.", "aten.") for line in lines if line) + "\n"
-
-
-def concrete(graph: fx.Graph, flat: Sequence[Any]) -> fx.Graph:
-    """A copy of a graph whose values have the lengths of these inputs."""
-    copied = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        nodes[node] = copied.node_copy(node, nodes.__getitem__)
-    given = iter(flat)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), mode:
-        for node in copied.nodes:
-            if node.op == "placeholder":
-                node.meta["val"] = _fake(next(given))
-            elif node.op != "output":
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
-                node.meta["val"] = node.target(*args, **kwargs)
-    return copied
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
-
-
-def _fake(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def restored(traced: Traced, loops: Any) -> Program:
@@ -452,14 +471,8 @@ def restored(traced: Traced, loops: Any) -> Program:
     """
     traced = rewritten(traced, loops.rewrites)
     flow = flow_of(traced.graph)
-    choices = []
-    for loop in loops.loops:
-        seed = Seed(loop.seed, loop.axis, loop.scale)
-        (candidate,) = sized(walk(flow, loop.end, seed), [loop.start])
-        choices.append(Choice(candidate, loop.chunk, loop.cost_s))
-    emitted = emit(
-        flow, [region_of(choice.candidate) for choice in choices], reuse=not loops.backward
-    )
+    choices = [_chosen_before(flow, loop) for loop in loops.loops]
+    emitted = emit(flow, [region_of(choice) for choice in choices], reuse=not loops.backward)
     return Program(
         Search(traced, flow, [], [], lambda order: flow_of(order.graph), loops.rewrites),
         tuple(choices),
@@ -473,9 +486,22 @@ def restored(traced: Traced, loops: Any) -> Program:
     )
 
 
-def region_of(candidate: Candidate) -> Region:
-    """What is to be emitted for a candidate."""
-    return Region(candidate.start, candidate.end, candidate.seed)
+def _chosen_before(flow: Flow, loop: Any) -> Choice:
+    """The choice that a plan's description of a loop stands for."""
+    seed = Seed(loop.seed, loop.axis, loop.scale)
+    (candidate,) = sized(walk(flow, loop.end, seed), [loop.start])
+    choice = Choice(candidate, loop.chunk, loop.cost_s)
+    if not loop.inner:
+        return choice
+    body = body_of(flow, region_of(choice))
+    return replace(choice, inner=tuple(_chosen_before(body, each) for each in loop.inner))
+
+
+def region_of(choice: Choice) -> Region:
+    """What is to be emitted for a choice."""
+    found = choice.candidate
+    inner = tuple((region_of(each), each.chunk) for each in choice.inner)
+    return Region(found.start, found.end, found.seed, inner)
 
 
 def certify(

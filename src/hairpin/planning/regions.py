@@ -32,6 +32,15 @@ class Seed:
     scale: int = 1
 
 
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """A turn of a loop at chunk size 1, as a graph of its own, and the regions in it."""
+
+    flow: Flow
+    marks: tuple[int, ...]
+    found: tuple["Candidate", ...]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A region with what its loop would hold, in bytes at the example's lengths.
@@ -57,6 +66,8 @@ class Candidate:
             the steps ahead of the loop made.
         turn_bytes: everything that a turn makes, per unit: what its backward needs at once.
         overlap_flops: that every turn repeats, of rows that neighbouring chunks share.
+        inside: where a turn is one unit that runs as loops in its turn; ``moments`` then says what
+            it holds at the smallest of their chunks.
     """
 
     start: int
@@ -78,6 +89,7 @@ class Candidate:
     kept_bytes: int
     turn_bytes: float
     overlap_flops: float = 0.0
+    inside: Inside | None = None
 
     @property
     def unit_bytes(self) -> float:
@@ -89,9 +101,9 @@ class Candidate:
         return max((own + unit * chunk for own, unit in self.moments), default=0.0)
 
     @property
-    def key(self) -> tuple[int, int, Seed]:
-        """Names the region."""
-        return self.start, self.end, self.seed
+    def key(self) -> tuple[int, int, Seed, bool]:
+        """Names the region, and whether it has loops inside."""
+        return self.start, self.end, self.seed, self.inside is not None
 
 
 @dataclass(eq=False)

@@ -700,7 +700,7 @@ class _Fit:
     def _least(self, choices: tuple[Choice, ...]) -> tuple[Emitted, Certificate] | None:
         """The loops written out, certified at chunk size 1; None where that is too much."""
         try:
-            regions = [region_of(choice.candidate) for choice in choices]
+            regions = [region_of(choice) for choice in choices]
             emitted = emit(self.search.flow, regions, reuse=False)
         except EmissionError as error:
             self.banned.add(choices[error.place].candidate.key)
