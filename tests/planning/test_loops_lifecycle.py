@@ -78,6 +78,16 @@ def test_a_layer_replaced_by_another_is_refused(plan, name):
         eager(model)
 
 
+def test_a_planned_block_replaced_by_a_fresh_one_is_refused(plan):
+    model = stack()
+    hp.parallelize(model, plan)
+    model.blocks[1] = Block().double().eval()
+    with pytest.raises(PlanError, match=r"'blocks\.1' has been replaced since it was planned"):
+        eager(model)
+    hp.detach(model)
+    assert eager(model).shape == X.shape
+
+
 def test_a_layer_that_acts_otherwise_in_training_is_refused_in_training():
     assert stamp(nn.Sequential(nn.Dropout(0.1))) != stamp(nn.Sequential(nn.Dropout(0.1).eval()))
     assert stamp(nn.Sequential(nn.Linear(2, 2))) == stamp(nn.Sequential(nn.Linear(2, 2).eval()))

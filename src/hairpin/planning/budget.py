@@ -154,8 +154,6 @@ class _Fit:
             return
         self.say(f"searching {path}")
         search = Search.of(self.graphs.traced[path])
-        if room <= 0:
-            raise self._too_little(path, entry_bytes, search.floor_bytes)
         try:
             program = make_program(search, room, self.graphs.flat(group), self.speeds)
         except MemoryBudgetError as error:

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -281,10 +282,32 @@ def attach_loops(
             block.__dict__["forward"] = LoopedForward(block, loops, shared)
     if "" in everything:
         everything[""].others = {path: each for path, each in everything.items() if path}
+    elif everything:
+        paths = tuple(path for loops in blocks for path in loops.modules)
+        model.register_forward_pre_hook(RequireLoops(paths), prepend=True)
+
+
+@dataclass(frozen=True)
+class RequireLoops:
+    """Before a model's forward: its planned blocks are still those that were given loops."""
+
+    paths: tuple[str, ...]
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Raise PlanError where one has been replaced, and would run without its loops."""
+        for path in self.paths:
+            if not isinstance(vars(model.get_submodule(path)).get("forward"), LoopedForward):
+                raise PlanError(
+                    f"module '{path}' has been replaced since it was planned, and has no loops; "
+                    "hp.detach the model and plan again"
+                )
 
 
 def detach_loops(model: nn.Module) -> None:
     """Give every block its own forward back."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RequireLoops):
+            del model._forward_pre_hooks[key]
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), LoopedForward):
             del module.__dict__["forward"]
