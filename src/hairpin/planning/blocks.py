@@ -304,7 +304,7 @@ class _Watch:
         exact = (signature, _numbers(block))
         entry = self.meter.live_bytes
         group = self.known.get(exact)
-        if self.mode is not None and group is not None:
+        if group is not None:
             return self._repeat(path, group, entry)
         start = self.meter.mark()
         stand_in = self.inner.get(path)
@@ -353,7 +353,7 @@ class _Watch:
                 with meter, ops:
                     output = type(block).forward(block, *fake[0], **fake[1])
                 peak = meter.peak_bytes
-            real = tree_map_only(Tensor, _zeros_like, output)
+            real = tree_map_only(Tensor, lambda t: _zeros(t, t.device), output)
         finally:
             self.meter.paused = False
         return real, ops, peak
@@ -372,13 +372,19 @@ class _Watch:
         self.meter.bump(inner)
         self.inside.append((start, self.meter.mark()))
         _join(group, path, entry)
-        return tree_map_only(Tensor, lambda t: _empty(t, self.device), group.outputs)
+        if self.mode is not None:
+            return tree_map_only(Tensor, lambda t: _empty(t, self.device), group.outputs)
+        self.meter.paused = True
+        try:
+            output = tree_map_only(Tensor, lambda t: _zeros(t, self.device), group.outputs)
+        finally:
+            self.meter.paused = False
+        self.meter.adopt(output)
+        return output
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    ).zero_()
+def _zeros(tensor: Tensor, device: torch.device) -> Tensor:
+    return _empty(tensor, device).zero_()
 
 
 def _join(group: Group, path: str, entry: int) -> None:
