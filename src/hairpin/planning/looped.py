@@ -257,18 +257,9 @@ def attach_loops(
         PlanError: the model lacks a block, or its forward is replaced already.
     """
     modules = dict(model.named_modules())
-    for loops in blocks:
-        for path in loops.modules:
-            if path not in modules:
-                raise PlanError(
-                    f"this plan gives loops to module '{path}', which {type(model).__name__} does "
-                    "not have; make a plan for this model"
-                )
-            if "forward" in vars(modules[path]):
-                raise PlanError(
-                    f"the forward of module '{path}' is replaced already (by another library?); "
-                    "take that off first"
-                )
+    paths = tuple(path for loops in blocks for path in loops.modules)
+    for path in paths:
+        _require_own_forward(model, modules, path)
     everything: dict[str, Shared] = {}
     for loops in blocks:
         program = programs.get(loops.modules[0])
@@ -283,8 +274,21 @@ def attach_loops(
     if "" in everything:
         everything[""].others = {path: each for path, each in everything.items() if path}
     elif everything:
-        paths = tuple(path for loops in blocks for path in loops.modules)
         model.register_forward_pre_hook(RequireLoops(paths), prepend=True)
+
+
+def _require_own_forward(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> None:
+    """Raise unless a model has this module, whose forward nobody has replaced."""
+    if path not in modules:
+        raise PlanError(
+            f"this plan gives loops to module '{path}', which {type(model).__name__} does not have; "
+            "make a plan for this model"
+        )
+    if "forward" in vars(modules[path]):
+        raise PlanError(
+            f"the forward of module '{path}' is replaced already (by another library?); take that "
+            "off first"
+        )
 
 
 @dataclass(frozen=True)
