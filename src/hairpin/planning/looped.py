@@ -281,8 +281,8 @@ def _require_own_forward(model: nn.Module, modules: Mapping[str, nn.Module], pat
     """Raise unless a model has this module, whose forward nobody has replaced."""
     if path not in modules:
         raise PlanError(
-            f"this plan gives loops to module '{path}', which {type(model).__name__} does not have; "
-            "make a plan for this model"
+            f"this plan gives loops to module '{path}', which {type(model).__name__} does not "
+            "have; make a plan for this model"
         )
     if "forward" in vars(modules[path]):
         raise PlanError(
