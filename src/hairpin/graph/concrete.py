@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hairpin.graph.axes import Span
 from hairpin.graph.lengths import hint, hints
+from hairpin.graph.memory import tensors
 
 
 def concrete(graph: fx.Graph, flat: Sequence[Any]) -> fx.Graph:
@@ -47,6 +48,18 @@ def _copied(graph: fx.Graph, flat: Sequence[Any]) -> fx.Graph:
             args, kwargs = fx.node.map_arg((made.args, dict(made.kwargs)), _value)
             made.meta["val"] = made.target(*args, **kwargs)  # type: ignore[operator]
     return copied
+
+
+def computed(node: fx.Node) -> Any:
+    """The fake result of a node, from those of its inputs as they are now."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    mode = next(t for s in node.all_input_nodes for t in tensors(s.meta["val"])).fake_mode  # type: ignore[attr-defined]
+    env = mode.shape_env
+    with torch.no_grad(), mode:
+        if env is None:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with env.suppress_guards():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _value(node: fx.Node) -> Any:

@@ -229,7 +229,7 @@ def _key(made: fx.Node, seed: fx.Node | None, number: int, place: tuple[Any, ...
     made.args, made.kwargs = (x, probability, seed, number, *place), {}
 
 
-_SIZES = {
+SIZES = {
     "aten.view": 1,
     "aten.reshape": 1,
     "aten._unsafe_view": 1,
@@ -250,7 +250,7 @@ _UNITS = "units"  # stands for the number of all units among a loop's inputs
 
 
 def _is_resized(step: Step) -> bool:
-    return step.operation is not None and step.operation.name in _SIZES
+    return step.operation is not None and step.operation.name in SIZES
 
 
 class _RegionWriter:
@@ -422,7 +422,7 @@ class _RegionWriter:
 
     def _resized(self, step: Step, target: Any, args: list[Any]) -> tuple[Any, list[Any]]:
         name = str(getattr(target, "overloadpacket", target))
-        place = _SIZES.get(name)
+        place = SIZES.get(name)
         if place is None:
             return target, args
         number, scale = self.state.demands[step.index]

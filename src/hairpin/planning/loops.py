@@ -8,7 +8,7 @@ from hairpin.graph.memory import Flow
 from hairpin.planning.choose import Choice
 from hairpin.planning.program import Program
 from hairpin.planning.regions import axis_span
-from hairpin.planning.rewrite import Reorder
+from hairpin.planning.rewrite import Rewrite, rewrite_from
 from hairpin.units import format_bytes, format_time
 
 
@@ -82,7 +82,7 @@ class BlockLoops:
     whole_peak_bytes: int
     margin_bytes: int
     loops: tuple[LoopRegion, ...]
-    rewrites: tuple[Reorder, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
 
 def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int) -> BlockLoops:
@@ -178,7 +178,7 @@ def loops_from(data: Sequence[Mapping[str, Any]]) -> tuple[BlockLoops, ...]:
                 **block,
                 "modules": tuple(block["modules"]),
                 "loops": tuple(_loop_from(loop) for loop in block["loops"]),
-                "rewrites": tuple(Reorder(**each) for each in block.get("rewrites", ())),
+                "rewrites": tuple(rewrite_from(each) for each in block.get("rewrites", ())),
             }
         )
         for block in data

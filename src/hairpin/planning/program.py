@@ -17,6 +17,7 @@ from hairpin.graph.leaf import BlockCall, state
 from hairpin.graph.lengths import compiled, hint
 from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
+from hairpin.planning.apart import Apart
 from hairpin.planning.choose import (
     Bottleneck,
     Choice,
@@ -38,7 +39,7 @@ from hairpin.planning.regions import (
     sized,
     walk,
 )
-from hairpin.planning.rewrite import Reorder, rewritten
+from hairpin.planning.rewrite import Reorder, Rewrite, rewritten
 from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
@@ -65,7 +66,7 @@ class Search:
     marks: list[int]
     found: list[Candidate]
     follow: Callable[[Traced], Flow]
-    rewrites: tuple[Reorder, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
     @classmethod
     def of(cls, traced: Traced, extra: Mapping[Any, int] | None = None) -> "Search":
@@ -92,7 +93,7 @@ class Search:
         cls,
         traced: Traced,
         follow: Callable[[Traced], Flow],
-        rewrites: tuple[Reorder, ...] = (),
+        rewrites: tuple[Rewrite, ...] = (),
     ) -> "Search":
         flow = follow(traced)
         marks = boundaries(flow)
@@ -114,8 +115,17 @@ class Search:
         Other orders come first. Loops inside others come last: they hold for these lengths and
         this order only.
         """
-        nests = any(candidate.inside is not None for candidate in self.found)
-        return (None if nests else self._in_another_order()) or self._with_loops_inside()
+        if any(candidate.inside is not None for candidate in self.found):
+            return self._with_loops_inside()
+        return self._apart() or self._in_another_order() or self._with_loops_inside()
+
+    def _apart(self) -> "Search | None":
+        """With what is made at once and then cut made apart, where that is no worse."""
+        rewrite = None if self.rewrites else Apart.of(self.traced)
+        if rewrite is None:
+            return None
+        found = self._following(rewrite(self.traced), self.follow, (rewrite,))
+        return found if found.floor_bytes <= self.floor_bytes else None
 
     def _in_another_order(self) -> "Search | None":
         worst = self._bottleneck

@@ -5,15 +5,16 @@ the same graph all of those come first, and may then run as loops of their own. 
 read, such as a norm, is computed twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from hairpin.graph.concrete import computed
 from hairpin.graph.export import Traced
 from hairpin.graph.memory import Flow, flow_of, tensors
+from hairpin.planning.apart import Apart
 from hairpin.planning.emit import EmissionError, Region
 from hairpin.planning.regions import Seed, Walk, walk
 
@@ -49,6 +50,9 @@ class Reorder:
         state = walk(flow, self.end, Seed(self.step, self.axis, self.scale))
         graph = _Writer(flow, state, self.start).write()
         return replace(traced, graph=graph, source=traced.source or traced)
+
+
+Rewrite = Apart | Reorder
 
 
 class _Writer:
@@ -130,27 +134,20 @@ class _Writer:
                 if node in originals or not reads or not any(_storage(t) in shared for t in mine):
                     continue
             reached.add(node)
-            node.meta = {**node.meta, "val": _computed(node)}
+            node.meta = {**node.meta, "val": computed(node)}
 
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _computed(node: fx.Node) -> Any:
-    """The fake result of a node, from those of its inputs as they are now."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    mode = next(t for s in node.all_input_nodes for t in tensors(s.meta["val"])).fake_mode  # type: ignore[attr-defined]
-    env = mode.shape_env
-    with torch.no_grad(), mode:
-        if env is None:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        with env.suppress_guards():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def rewritten(traced: Traced, rewrites: Iterator[Reorder] | tuple[Reorder, ...]) -> Traced:
+def rewritten(traced: Traced, rewrites: Sequence[Rewrite]) -> Traced:
     """A graph after these rewrites, one after another."""
     for rewrite in rewrites:
         traced = rewrite(traced)
     return traced
+
+
+def rewrite_from(data: Mapping[str, Any]) -> Rewrite:
+    """A rewrite from what a TOML file holds."""
+    return Apart(**data) if "parts" in data else Reorder(**data)
