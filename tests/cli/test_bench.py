@@ -98,7 +98,7 @@ def test_chunk_hands_on_its_options_and_prints_and_writes(tmp_path, monkeypatch)
         return {"settings": {"parts": ["table", "longest"]}, "table": table, "summary": [line]}
 
     monkeypatch.setattr(chunking, "measure", measure)
-    arguments = ["--parts", "table,longest", "--models", "GPT-2 (eager), Wan", "--ratios", "0.2"]
+    arguments = ["--parts", "table,longest", "--models", "GPT-2 (eager); Wan", "--ratios", "0.2"]
     arguments += ["--rounds", "2", "--longest-budget", "1GiB", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["chunk", *arguments])
     assert done.exit_code == 0, done.output

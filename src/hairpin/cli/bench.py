@@ -103,7 +103,7 @@ def chunk(
         str | None, typer.Option(help="Which to measure, separated by commas; all if left out.")
     ] = None,
     models: Annotated[
-        str | None, typer.Option(help="Titles of models, separated by commas; all if left out.")
+        str | None, typer.Option(help="Titles of models, separated by semicolons; all if left out.")
     ] = None,
     ratios: Annotated[
         str, typer.Option(help="Budgets as parts of the model's own peak, separated by commas.")
@@ -123,7 +123,7 @@ def chunk(
 
     settings = chunking.Settings(
         parts=chunking.PARTS if parts is None else _chosen(parts, chunking.PARTS),
-        titles=() if models is None else tuple(name.strip() for name in models.split(",")),
+        titles=() if models is None else tuple(name.strip() for name in models.split(";")),
         ratios=_ratios(ratios),
         rounds=rounds,
         longest_budget_bytes=parse_bytes(longest_budget),
