@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hairpin as hp
 from hairpin.graph.export import trace
 from hairpin.planning.apart import Apart
-from hairpin.planning.program import Search
+from hairpin.planning.search import Search
 
 LENGTH, WIDTH, HEADS = 96, 32, 4
 

@@ -11,7 +11,8 @@ import hairpin as hp
 from hairpin.graph.export import trace
 from hairpin.planning.emit import Region, emit
 from hairpin.planning.graphs import Graphs
-from hairpin.planning.program import Search, make_program
+from hairpin.planning.program import make_program
+from hairpin.planning.search import Search
 from hairpin.planning.speeds import Speeds
 
 

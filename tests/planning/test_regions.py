@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 from hairpin.errors import MemoryBudgetError
 from hairpin.graph.export import trace
 from hairpin.graph.memory import flow_of
-from hairpin.planning.program import Search, make_program
+from hairpin.planning.program import make_program
 from hairpin.planning.regions import Seed, axis_length, candidates, seeds, walk
+from hairpin.planning.search import Search
 from hairpin.planning.speeds import Speeds
 from planning.looping import LAYERS, WIDE, Calls, mixed, try_regions
 

@@ -16,7 +16,8 @@ from hairpin.graph.meter import Held
 from hairpin.planning.blocks import Group
 from hairpin.planning.example import Example
 from hairpin.planning.graphs import Graphs, Progress, block_steps
-from hairpin.planning.program import Program, Search, make_program
+from hairpin.planning.program import Program, make_program
+from hairpin.planning.search import Search
 from hairpin.planning.speeds import Speeds
 from hairpin.planning.stamp import stamp
 from hairpin.units import format_bytes

@@ -20,7 +20,8 @@ from hairpin.graph.meter import Timeline, measure
 from hairpin.planning.blocks import Group, overview
 from hairpin.planning.budget import Fitted, Progress
 from hairpin.planning.example import Example, plainly
-from hairpin.planning.program import Program, Search
+from hairpin.planning.program import Program
+from hairpin.planning.search import Search
 from hairpin.planning.speeds import Speeds
 from hairpin.planning.stamp import stamp
 from hairpin.planning.training import Around, TrainingProgram, make_training_program

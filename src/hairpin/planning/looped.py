@@ -20,7 +20,8 @@ from hairpin.planning.budget import fit
 from hairpin.planning.example import Example
 from hairpin.planning.graphs import Graphs
 from hairpin.planning.loops import BlockLoops
-from hairpin.planning.program import Program, Search, make_program, restored
+from hairpin.planning.program import Program, make_program, restored
+from hairpin.planning.search import Search
 from hairpin.planning.stamp import stamp
 
 _log = logging.getLogger(__name__)

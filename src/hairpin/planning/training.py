@@ -29,8 +29,9 @@ from hairpin.planning.again import is_hollow, is_product
 from hairpin.planning.choose import Choice
 from hairpin.planning.emit import EmissionError, Emitted, emit
 from hairpin.planning.loop import Loop
-from hairpin.planning.program import Program, Search, region_of
+from hairpin.planning.program import Program, region_of
 from hairpin.planning.regions import Candidate, Walk, flops, walk
+from hairpin.planning.search import Search
 from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
