@@ -147,7 +147,10 @@ def test_what_a_rank_finds_wrong_is_one_line_too(run):
 def test_what_cannot_go_on_from_a_checkpoint_is_said(run, short_run):
     resume = ("train", "video", "--resume", "short")
     cases = [
-        (["--steps", 2], "has done 2 steps and the run is to stop at 2; give --steps above 2"),
+        (
+            ["--steps", 2],
+            "has done 2 steps already and the run is to stop at 2; give --steps above 2",
+        ),
         (["--seed", 4], "seed: saved 0, asked for 4"),
         (["--recipe", "digits"], "batch_size: saved 4, asked for"),
     ]

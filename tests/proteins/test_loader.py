@@ -5,7 +5,7 @@ import torch
 
 from hairpin.errors import FoldInputError
 from hairpin.proteins import loader
-from hairpin.proteins.pipeline import Sizes
+from hairpin.proteins.sizes import Sizes
 from proteins.tiny import hhr, simple
 
 pytest.importorskip("gemmi", reason="needs gemmi: pip install 'hairpin[fold]'")

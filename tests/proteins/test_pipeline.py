@@ -13,12 +13,13 @@ from hairpin.proteins import pipeline
 from hairpin.proteins.alignments import read_a3m
 from hairpin.proteins.labels import label_features
 from hairpin.proteins.residues import RESTYPES
+from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import read_structure
 from hairpin.proteins.templates import Template
 from proteins.tiny import names_of, simple
 
 SEQUENCE = "ACDEFGHIKLMNPQRSTVWY"
-SIZES = pipeline.Sizes(max_msa_clusters=8, max_extra_msa=12, max_templates=4, recycles=2)
+SIZES = Sizes(max_msa_clusters=8, max_extra_msa=12, max_templates=4, recycles=2)
 ORACLE = Path(__file__).parents[3] / "shared" / "data" / "alphafold_oracle"
 
 
@@ -91,8 +92,8 @@ def test_a_complex_has_every_feature_that_the_oracle_has(alignment):
 
 
 def test_sizes_take_the_settings_of_a_model():
-    settings = asdict(DataConfig())
-    assert asdict(pipeline.Sizes(**settings)) == settings | {"recycles": 3}
+    config = DataConfig(max_msa_clusters=9, max_templates=4, crop_size=7, same=0.2)
+    assert asdict(Sizes.of(config, recycles=5)) == asdict(config) | {"recycles": 5}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_sizes_take_the_settings_of_a_model():
 )
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(RecipeError, match="at least one cluster row must be left"):
-        pipeline.Sizes(**sizes)
+        Sizes(**sizes)
 
 
 def test_recycles_differ_in_the_msa_alone_and_seeds_reproduce(alignment):
@@ -121,7 +122,7 @@ def test_recycles_differ_in_the_msa_alone_and_seeds_reproduce(alignment):
 
 
 def test_template_rows_may_take_the_place_of_clusters(alignment):
-    sizes = pipeline.Sizes(max_msa_clusters=8, max_templates=3, clusters_hold_templates=True)
+    sizes = Sizes(max_msa_clusters=8, max_templates=3, clusters_hold_templates=True)
     batch = pipeline.monomer_features(SEQUENCE, [alignment], sizes=sizes)[0]
     assert batch["msa_feat"].shape[0] == 5
     assert batch["template_mask"].tolist() == [0, 0, 0]
@@ -166,7 +167,7 @@ def test_bad_targets(alignment, sequence, message):
 
 
 def test_crops_are_alike_in_every_recycle(alignment):
-    sizes = pipeline.Sizes(max_msa_clusters=8, max_extra_msa=12, max_templates=2, crop_size=7)
+    sizes = Sizes(max_msa_clusters=8, max_extra_msa=12, max_templates=2, crop_size=7)
     batches = pipeline.monomer_features(SEQUENCE, [alignment], [template()], sizes=sizes, seed=5)
     assert len({tuple(batch["residue_index"].tolist()) for batch in batches}) == 1
     batch = batches[-1]
@@ -242,7 +243,7 @@ def test_crops_of_complexes_follow_the_labels(alignment, write):
     structure = read_structure(write("1abc.cif", simple(SEQUENCE)))
     labels = label_features(SEQUENCE, structure, structure.chain("A"))
     chain = pipeline.ChainInput(SEQUENCE, [alignment], labels=labels)
-    sizes = pipeline.Sizes(max_templates=1, crop_size=9)
+    sizes = Sizes(max_templates=1, crop_size=9)
     for seed in range(4):
         (batch,) = pipeline.multimer_features([chain, chain], sizes=sizes, seed=seed)
         assert len(batch["aatype"]) == 9

@@ -9,6 +9,7 @@ from hairpin.proteins.fasta import read_target
 from hairpin.proteins.hhr import read_hhr
 from hairpin.proteins.labels import label_features
 from hairpin.proteins.residues import HHBLITS_ORDER, RESTYPES
+from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import read_structure
 
 HHBLITS = np.array([HHBLITS_ORDER.index(letter) for letter in RESTYPES + "X-"])
@@ -33,7 +34,7 @@ def test_msa_and_deletions_are_deepminds(real, deepmind, target):
 
 
 def test_sequence_features_are_deepminds(deepmind, target):
-    batch = pipeline.monomer_features(target, sizes=pipeline.Sizes(recycles=0))[0]
+    batch = pipeline.monomer_features(target, sizes=Sizes(recycles=0))[0]
     np.testing.assert_array_equal(np.eye(21)[batch["aatype"]], deepmind["aatype"])
     np.testing.assert_array_equal(batch["residue_index"], deepmind["residue_index"])
 
@@ -71,7 +72,7 @@ def test_structures_become_labels(real, name, chain, residues, seen, rows):
     target = pipeline.monomer_target(sequence, alignments, labels=labels)
     assert (len(sequence), len(target.msa)) == (residues, rows)
     assert labels["all_atom_mask"][:, 1].sum() == seen
-    batch = target.batches(pipeline.Sizes(max_extra_msa=64, recycles=0, crop_size=100), 0)[0]
+    batch = target.batches(Sizes(max_extra_msa=64, recycles=0, crop_size=100), 0)[0]
     exists, mask = batch["atom37_atom_exists"], batch["all_atom_mask"]
     assert (mask[:, :36] <= exists[:, :36]).all()  # all but OXT
     assert mask[:, :36].sum() > 0.9 * exists[:, :36].sum()
@@ -82,7 +83,7 @@ def test_real_species_pair_between_two_proteins(real):
     for name in ("102m", "5zyh"):
         a = read_alignment(real / name / "pairing.a3m")
         chains.append(pipeline.ChainInput(a.target, [a]))
-    (batch,) = pipeline.multimer_features(chains, sizes=pipeline.Sizes(max_templates=4))
+    (batch,) = pipeline.multimer_features(chains, sizes=Sizes(max_templates=4))
     both = (batch["msa"][:, :154] != 21).any(-1) & (batch["msa"][:, 154:] != 21).any(-1)
     assert both.sum() > 20
     assert both[: int(both.sum())].all()

@@ -13,6 +13,7 @@ from hairpin.report.fold.plots import (
     BANDS,
     _identity,
     draw_coverage,
+    draw_distances,
     draw_pae,
     draw_plddt,
     figure_of,
@@ -117,3 +118,50 @@ def test_the_bands_of_confidence_and_the_chains_boundaries():
     }
     pae = figure_of(lambda axes, inks: draw_pae(axes, inks, np.ones((5, 5)), [3, 2]), size=(4, 3))
     assert len(pae.axes[0].lines) == 2
+
+
+@pytest.mark.parametrize("size", [(5.0, 4.1), (6.0, 5.0)])
+@pytest.mark.parametrize("draw", [draw_pae, draw_distances])
+@pytest.mark.parametrize("residues", [5, 160, 2300])
+def test_no_text_of_a_matrix_is_cut_off(draw, size, residues):
+    """Labels and numbers of both axes and of the colour bar lie on the figure."""
+    matrix = np.ones((residues, residues))
+    figure = figure_of(lambda axes, inks: draw(axes, inks, matrix, [residues]), size=size)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    for axes in figure.axes:
+        box = axes.get_tightbbox()
+        assert min(box.x0, box.y0) >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+
+
+@pytest.mark.parametrize("residues", [1, 3, 5])
+def test_residues_are_whole_numbers(residues):
+    letters = np.full((2, residues), ord("G"), np.uint8)
+    lines = [("a", np.full(residues, 80.0))]
+    plots = (
+        lambda axes, inks: draw_coverage(axes, inks, letters, [residues]),
+        lambda axes, inks: draw_plddt(axes, inks, lines, [residues]),
+        lambda axes, inks: draw_pae(axes, inks, np.ones((residues, residues)), [residues]),
+    )
+    for draw in plots:
+        figure = figure_of(draw, size=(9, 3))
+        figure.canvas.draw()
+        ticks = figure.axes[0].get_xticks()
+        assert len(ticks)
+        assert (ticks == ticks.round()).all()
+
+
+def test_the_plots_of_a_rehearsal_say_so(tmp_path):
+    """The warning is on the picture: without it the pixels at the top are other ones."""
+    from PIL import Image
+
+    tops = []
+    for folder, warning in (("plain", ""), ("marked", "REHEARSAL WITH RANDOM WEIGHTS (x)")):
+        (tmp_path / folder).mkdir()
+        write_plots(page(predictions=[prediction(rehearsal=warning)]), tmp_path / folder)
+        pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / folder).iterdir())]
+        tops.append([(picture[:40, :, :3] == (166, 27, 27)).all(-1).sum() for picture in pictures])
+    assert max(tops[0]) == 0
+    assert min(tops[1]) > 0

@@ -1,7 +1,5 @@
 """``hairpin fold``: structures of proteins and complexes from alignments and parameters."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hairpin.cli.output import print_json, print_text, say
-from hairpin.errors import HairpinError, OutputError, RecipeError, WeightsError
+from hairpin.cli.output import command_line, print_json, print_text, say
+from hairpin.errors import HairpinError, RecipeError, WeightsError
 
 if TYPE_CHECKING:
     from hairpin.run.fold import FoldModel, Prediction
@@ -234,21 +232,19 @@ def _write_rest(
     """Scores, plots and the page."""
     import json
 
+    from hairpin.proteins.text import write_text
     from hairpin.report.fold.page import FoldPage, write_page, write_plots
     from hairpin.run.fold import scores_of
     from hairpin.run.fold_inputs import coverage_letters
 
     scores = folder / "scores.json"
-    try:
-        scores.write_text(json.dumps(scores_of(target, predictions)), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {scores}: {error.strerror or error}") from error
+    write_text(scores, json.dumps(scores_of(target, predictions)))
     page = FoldPage(
         name=target.name,
         predictions=predictions,
         structures=[(folder / f"{p.model}.pdb").read_text(encoding="utf-8") for p in predictions],
         letters=coverage_letters(target),
-        command=shlex.join(["hairpin", *sys.argv[1:]]),
+        command=command_line(),
         notes=target.notes,
     )
     plots = write_plots(page, folder)
@@ -396,8 +392,10 @@ def pick_device(name: str) -> Any:
     """
     import torch
 
+    from hairpin.run.device import default_device
+
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:

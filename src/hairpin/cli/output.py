@@ -25,6 +25,13 @@ def stdout() -> "Console":
     return Console(highlight=False)
 
 
+def command_line() -> str:
+    """This command as one would type it."""
+    import shlex
+
+    return shlex.join(["hairpin", *sys.argv[1:]])
+
+
 def say(text: str) -> None:
     """Tell the person something that is not data."""
     sys.stderr.write(text + "\n")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
-from hairpin.cli.output import print_json, print_text, say
+from hairpin.cli.output import command_line, print_json, print_text, say
 from hairpin.errors import (
-    CheckpointError,
     MeshError,
     MissingExtraError,
     OutputError,
@@ -209,14 +208,13 @@ def last_step_of(recipe: "Schedule", start: Start, steps: int | None) -> int:
     """The step to stop at.
 
     Raises:
+        RecipeError: it is below 1.
         CheckpointError: that many are done already.
     """
+    from hairpin.run.steps import require_work
+
     last_step = recipe.steps if steps is None else steps
-    if last_step <= start.step:
-        raise CheckpointError(
-            f"{start.source} has done {start.step} steps and the run is to stop at {last_step}; "
-            f"give --steps above {start.step}"
-        )
+    require_work(start.step, last_step, start.source)
     return last_step
 
 
@@ -331,13 +329,6 @@ def write_pictures(folder: Path, samples: Any) -> tuple[Path, Path]:
     write_gif(samples, film)
     write_contact_sheet(samples, sheet)
     return film, sheet
-
-
-def command_line() -> str:
-    """This command as one would type it."""
-    import shlex
-
-    return shlex.join(["hairpin", *sys.argv[1:]])
 
 
 def require_extras(needs: Sequence[tuple[str, str, str]]) -> None:

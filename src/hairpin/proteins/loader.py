@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from hairpin.proteins import templates
 from hairpin.proteins.alignments import read_alignment
 from hairpin.proteins.labels import label_features
-from hairpin.proteins.pipeline import Batch, Sizes, Target, monomer_target
+from hairpin.proteins.pipeline import Batch, Target, monomer_target
+from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import Structure, read_structure
 from hairpin.proteins.text import problem
 

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hairpin.errors import FoldInputError, RecipeError
+from hairpin.errors import FoldInputError
 from hairpin.proteins import cropping, msa, pairing, residues, templates
 from hairpin.proteins.alignments import Alignment, check_target
 from hairpin.proteins.fasta import check_sequence
+from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.templates import Template
 
 Batch = dict[str, Tensor]
@@ -27,54 +28,6 @@ Arrays = Mapping[str, NDArray[Any]]
 _SHALLOW = 30  # sequences; below that accuracy drops steeply (Jumper et al. 2021, Fig. 5a)
 _MULTIMER_ROWS = 2048
 _CROP_KEY = 0  # the random numbers of the crop; those of recycle k have the key k + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much of the alignments and templates the model sees. The names are the model's.
-
-    Attributes:
-        max_msa_clusters: rows of the clustered MSA, template rows included where
-            ``clusters_hold_templates``.
-        max_extra_msa: rows of the extra MSA.
-        max_templates: 0 for a model without templates.
-        replace_fraction: part of the MSA's letters that is masked or replaced.
-        uniform, profile, same: what a replaced letter becomes; the rest is the mask.
-        crop_size: residues of a training crop; None for all.
-        recycles: times the model runs before the last.
-
-    Raises:
-        RecipeError: no row is left for clusters, or a size is none.
-    """
-
-    max_msa_clusters: int = 512
-    max_extra_msa: int = 1024
-    max_templates: int = 0
-    clusters_hold_templates: bool = False
-    replace_fraction: float = 0.15
-    uniform: float = 0.1
-    profile: float = 0.1
-    same: float = 0.1
-    crop_size: int | None = None
-    recycles: int = 3
-
-    def __post_init__(self) -> None:
-        if self.clusters < 1 or (self.crop_size or 1) < 1 or self.recycles < 0:
-            raise RecipeError(
-                f"{self.clusters} rows of MSA clusters, crop_size {self.crop_size}, recycles "
-                f"{self.recycles}: at least one cluster row must be left beside the templates' "
-                "rows, a crop has a residue or more, and recycles are 0 or more"
-            )
-
-    @property
-    def masking(self) -> msa.Masking:
-        """The part of it that masks letters."""
-        return msa.Masking(self.replace_fraction, self.uniform, self.profile, self.same)
-
-    @property
-    def clusters(self) -> int:
-        """Rows of the clustered MSA without those of templates."""
-        return self.max_msa_clusters - self.clusters_hold_templates * self.max_templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +175,7 @@ def multimer_features(
         A list of one dict with ``aatype[r]``, ``residue_index[r]`` (from 0 in each chain),
         ``asym_id[r]``, ``entity_id[r]``, ``sym_id[r]`` (from 1), ``seq_mask[r]``, ``msa[n, r]``,
         ``deletion_matrix[n, r]``, ``msa_mask[n, r]``, ``bert_mask[n, r]`` (0 where a letter tells
-        nothing and is not to be masked), ``template_*``, and labels where all chains have them.
+        nothing and need not be predicted), ``template_*``, and labels where all chains have them.
 
     Raises:
         FoldInputError: there is no chain, or as `monomer_target` does.

@@ -130,15 +130,21 @@ def gap_between_neighbours(chain: Chain) -> float:
 # --------------------------------------------------------------------------------------- reading
 
 
+def require_gemmi(what: str = "structure files need") -> None:
+    """Raise before any work is done if gemmi is not there.
+
+    Raises:
+        MissingExtraError: with ``what`` needs it, and how to get it.
+    """
+    try:
+        import gemmi  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"{what} gemmi: pip install 'hairpin[fold]'") from error
+
+
 def _parsed(path: Path | str) -> tuple["gemmi.Structure", "gemmi.cif.Block | None"]:
     """The file through gemmi, its entities known, and the mmCIF block if it is one."""
-    try:
-        import gemmi  # noqa: F401  # to say which extra is missing before any work is done
-    except ImportError as error:
-        raise MissingExtraError(
-            "structure files need gemmi: pip install 'hairpin[fold]'"
-        ) from error
-
+    require_gemmi()
     text = read_bytes(path).decode("ascii", "replace").replace("\ufffd", "?")  # PDB counts bytes
     if not text.strip():
         raise problem(path, None, "the file is empty", "download it again")

@@ -16,11 +16,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hairpin.errors import MissingExtraError
 from hairpin.proteins.hhr import Hit, read_hhr
 from hairpin.proteins.msa import numbers_of_letters
 from hairpin.proteins.residues import ATOM_TYPES, RESTYPES
-from hairpin.proteins.structures import Chain, Structure, gap_between_neighbours, read_structure
+from hairpin.proteins.structures import (
+    Chain,
+    Structure,
+    gap_between_neighbours,
+    read_structure,
+    require_gemmi,
+)
 from hairpin.proteins.text import problem
 
 Floats = NDArray[np.float32]
@@ -228,12 +233,9 @@ def aligned_pairs(first: str, second: str) -> dict[int, int]:
     Raises:
         MissingExtraError: gemmi is not installed.
     """
-    try:
-        import gemmi
-    except ImportError as error:
-        raise MissingExtraError(
-            "aligning sequences needs gemmi: pip install 'hairpin[fold]'"
-        ) from error
+    require_gemmi("aligning sequences needs")
+    import gemmi
+
     kind = gemmi.ResidueKind.AA
     names = [gemmi.expand_one_letter_sequence(text, kind) for text in (first, second)]
     scoring = gemmi.AlignmentScoring("b")

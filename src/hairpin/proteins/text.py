@@ -4,7 +4,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from hairpin.errors import FoldInputError
+from hairpin.errors import FoldInputError, OutputError
 
 _GZIP = b"\x1f\x8b"
 
@@ -26,6 +26,20 @@ def read_lines(path: Path | str) -> list[str]:
     if not text.strip():
         raise problem(path, None, "the file is empty", "write it again, or leave it out")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def read_bytes(path: Path | str) -> bytes:

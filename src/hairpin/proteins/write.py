@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hairpin.errors import MissingExtraError, OutputError
+from hairpin.errors import OutputError
 from hairpin.proteins.residues import ATOM_TYPES, ONE_TO_THREE, atom37_exists, restype
-from hairpin.proteins.structures import Chain
+from hairpin.proteins.structures import Chain, require_gemmi
+from hairpin.proteins.text import write_text
 
 if TYPE_CHECKING:
     import gemmi
@@ -64,7 +65,7 @@ def write_pdb(path: str | Path, chains: Sequence[Chain], *, remarks: Sequence[st
         MissingExtraError: gemmi is absent.
         OutputError: the file cannot be written, or a chain's name is too long for the format.
     """
-    _require_gemmi()
+    require_gemmi()
     long = [chain.name for chain in chains if len(chain.name) > 2]
     if long:
         raise OutputError(
@@ -74,7 +75,7 @@ def write_pdb(path: str | Path, chains: Sequence[Chain], *, remarks: Sequence[st
     structure = _structure(chains, title=Path(path).stem)
     lines = [line for remark in remarks for line in _wrapped(remark)]
     structure.raw_remarks = [f"REMARK   1 {line}" for line in lines]
-    _write(path, structure.make_pdb_string())
+    write_text(path, structure.make_pdb_string())
 
 
 def write_mmcif(
@@ -96,7 +97,7 @@ def write_mmcif(
         MissingExtraError: gemmi is absent.
         OutputError: the file cannot be written.
     """
-    _require_gemmi()
+    require_gemmi()
     structure = _structure(chains, title=Path(path).stem)
     document = structure.make_mmcif_document()
     block = document.sole_block()
@@ -104,7 +105,7 @@ def write_mmcif(
         block.set_pair("_struct.pdbx_model_details", _quoted(" ".join(remarks)))
     _add_model_list(block, structure.name)
     _add_metrics(block, chains, metrics or {})
-    _write(path, document.as_string())
+    write_text(path, document.as_string())
 
 
 def _structure(chains: Sequence[Chain], *, title: str) -> "gemmi.Structure":
@@ -205,15 +206,6 @@ def _kind_of(name: str) -> str:
     return name if name in {"pTM", "ipTM"} else "other"
 
 
-def _require_gemmi() -> None:
-    try:
-        import gemmi  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "structure files need gemmi: pip install 'hairpin[fold]'"
-        ) from error
-
-
 def _quoted(text: str) -> str:
     from gemmi import cif
 
@@ -224,12 +216,3 @@ def _wrapped(text: str) -> list[str]:
     from textwrap import wrap
 
     return wrap(text, _LINE)
-
-
-def _write(path: str | Path, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; choose another folder"
-        ) from error

@@ -26,7 +26,8 @@ from hairpin.planning.budget import Progress
 from hairpin.planning.make import plan
 from hairpin.proteins import metrics
 from hairpin.proteins.metrics import Violations
-from hairpin.proteins.pipeline import Batch, Sizes, monomer_features, multimer_features
+from hairpin.proteins.pipeline import Batch, monomer_features, multimer_features
+from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import Chain
 from hairpin.proteins.write import predicted_chain, write_mmcif, write_pdb
 from hairpin.run.fold_inputs import FoldTarget
@@ -252,18 +253,7 @@ def features_of(
     config: AlphaFoldConfig, target: FoldTarget, recycles: int, seed: int
 ) -> list[Batch]:
     """What the model takes, one batch for each time it runs, or one for all."""
-    data = config.data
-    sizes = Sizes(
-        max_msa_clusters=data.max_msa_clusters,
-        max_extra_msa=data.max_extra_msa,
-        max_templates=data.max_templates,
-        clusters_hold_templates=data.clusters_hold_templates,
-        replace_fraction=data.replace_fraction,
-        uniform=data.uniform,
-        profile=data.profile,
-        same=data.same,
-        recycles=recycles,
-    )
+    sizes = Sizes.of(replace(config.data, crop_size=None), recycles=recycles)
     if config.multimer:
         return multimer_features(target.chains, sizes=sizes, seed=seed)
     (chain,) = target.chains

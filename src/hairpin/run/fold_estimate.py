@@ -176,7 +176,8 @@ def table(found: FoldEstimate) -> str:
         )
     lines += [
         "",
-        "Bytes are counted; times are estimates that assume a part of each device's peak.",
+        "Bytes are counted; times are estimates that assume a part of each device's peak;",
+        "the longest is read off between counts: near, not exact.",
         "What does not fit may under --memory, which runs large blocks in parts.",
     ]
     return "\n".join(lines)
@@ -222,7 +223,10 @@ def count(
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes by residues: counted at some lengths, a cubic between them, as attention grows."""
+    """Bytes by residues: counted at some lengths, a cubic between them, as attention grows.
+
+    Near, not exact: what the peak consists of changes with the length.
+    """
 
     lengths: tuple[int, ...]
     total_bytes: tuple[int, ...]
@@ -358,9 +362,9 @@ def _shapes(config: AlphaFoldConfig, residues: int, rows: int | None) -> dict[st
         n = min(rows or 2048, 2048)
         sizes |= dict.fromkeys(("asym_id", "entity_id", "sym_id"), ((r,), integer))
         sizes |= {"msa": ((n, r), integer)}
-        sizes |= dict.fromkeys(("deletion_matrix", "msa_mask", "bert_mask"), ((n, r), real))
+        sizes |= dict.fromkeys(("deletion_matrix", "msa_mask"), ((n, r), real))
     else:
-        clusters = data.max_msa_clusters - data.clusters_hold_templates * t
+        clusters = data.clusters
         s = min(clusters, rows or clusters)
         e = data.max_extra_msa if rows is None else max(min(data.max_extra_msa, rows - s), 1)
         sizes |= {"target_feat": ((r, config.target_features), real)}
@@ -372,8 +376,9 @@ def _shapes(config: AlphaFoldConfig, residues: int, rows: int | None) -> dict[st
         mask = "template_all_atom_mask" if config.multimer else "template_all_atom_masks"
         sizes |= {"template_aatype": ((t, r), integer), mask: ((t, r, 37), real)}
         sizes |= {"template_all_atom_positions": ((t, r, 37, 3), real)}
-        sizes |= {"template_mask": ((t,), real), "template_pseudo_beta": ((t, r, 3), real)}
-        sizes |= {"template_pseudo_beta_mask": ((t, r), real)}
+        if not config.multimer:
+            sizes |= {"template_mask": ((t,), real), "template_pseudo_beta": ((t, r, 3), real)}
+            sizes |= {"template_pseudo_beta_mask": ((t, r), real)}
     return {n: torch.empty(shape, dtype=d, device="meta") for n, (shape, d) in sizes.items()}
 
 

@@ -23,13 +23,24 @@ from hairpin.models.alphafold.model import AlphaFold
 from hairpin.proteins import loader
 from hairpin.proteins import metrics as scores
 from hairpin.proteins.loader import Example, Protein, Proteins
-from hairpin.proteins.pipeline import Batch, Sizes
+from hairpin.proteins.pipeline import Batch
 from hairpin.proteins.residues import ATOM_TYPES
-from hairpin.run import checkpoint, metrics, settings
+from hairpin.proteins.sizes import Sizes
+from hairpin.run import checkpoint, metrics
+from hairpin.run.device import default_device
 from hairpin.run.memory import measured
 from hairpin.run.progress import StepProgress
 from hairpin.run.recipes.fold import FoldRecipe
-from hairpin.run.steps import open_log, require_work, seed_dropout, update
+from hairpin.run.steps import (
+    held_bytes,
+    load,
+    new_state,
+    open_log,
+    require_work,
+    save,
+    seed_dropout,
+    update,
+)
 from hairpin.units import format_bytes
 
 CA = ATOM_TYPES.index("CA")
@@ -112,7 +123,7 @@ def train_fold(job: FoldJob, *, on_step: OnStep | None = None) -> FoldTrainResul
     recipe, out_dir = job.recipe, checkpoint.require_writable(job.out_dir)
     run = _FoldRun(recipe, job.proteins)
     source = None if job.resume is None else checkpoint.find(job.resume)
-    first_step = 0 if source is None else run.load(source)
+    first_step = 0 if source is None else load(source, run.state, recipe)
     require_work(first_step, job.last_step, source)
     examples = run.examples(first_step, job.last_step, workers=job.workers)
     log = open_log(out_dir, first_step, source)
@@ -127,7 +138,7 @@ def train_fold(job: FoldJob, *, on_step: OnStep | None = None) -> FoldTrainResul
             if on_step is not None:
                 on_step(row)
             if done % recipe.checkpoint_every == 0 or done == job.last_step:
-                source = run.save(out_dir, step=done, keep=job.keep)
+                source = save(out_dir, run.state, recipe, step=done, keep=job.keep)
     finally:
         log.close()
     assert source is not None
@@ -151,23 +162,6 @@ def build_fold_model(recipe: FoldRecipe) -> AlphaFold:
     """The recipe's model, with the same weights for the same seed."""
     torch.manual_seed(recipe.seed)
     return AlphaFold(recipe.model).to(getattr(torch, recipe.dtype))
-
-
-def sizes_of(recipe: FoldRecipe, *, crop_size: int | None) -> Sizes:
-    """How much of the alignments, templates and chain the recipe's model sees in training."""
-    data = recipe.model.data
-    return Sizes(
-        max_msa_clusters=data.max_msa_clusters,
-        max_extra_msa=data.max_extra_msa,
-        max_templates=data.max_templates,
-        clusters_hold_templates=data.clusters_hold_templates,
-        replace_fraction=data.replace_fraction,
-        uniform=data.uniform,
-        profile=data.profile,
-        same=data.same,
-        crop_size=crop_size,
-        recycles=recipe.model.recycles,
-    )
 
 
 def ca_scores(predicted: Tensor, batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -200,46 +194,22 @@ def fold_figures(row: metrics.StepMetrics) -> str:
 
 
 class _FoldRun:
-    """The moving parts of a run: model, optimizer, average, data."""
+    """The moving parts of a run: model and training state, data."""
 
     def __init__(self, recipe: FoldRecipe, proteins: Sequence[Protein]) -> None:
         self.recipe = recipe
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.model = build_fold_model(recipe).to(self.device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=recipe.lr,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.state = new_state(self.model, recipe)
         self.data = Proteins(
             proteins,
-            sizes=sizes_of(recipe, crop_size=recipe.model.data.crop_size),
+            sizes=Sizes.of(recipe.model.data, recycles=recipe.model.recycles),
             seed=recipe.seed,
             clamped=recipe.clamped,
         )
         for index in range(min(len(proteins), self.data.keep)):
             self.data.target(index)  # a bad file is told of now, and workers inherit what was read
         self.peak_bytes: list[int] | None = None
-
-    @property
-    def state(self) -> checkpoint.TrainState:
-        return checkpoint.TrainState(self.model, self.optimizer, self.ema)
-
-    def load(self, source: Path) -> int:
-        """Go on from a checkpoint; returns the number of steps it has done."""
-        info = checkpoint.read_info(source)
-        checkpoint.require_model(source, self.model)
-        settings.require_same(self.recipe, info.recipe)
-        checkpoint.load(source, self.state)
-        return info.step
-
-    def save(self, out_dir: Path, *, step: int, keep: int) -> Path:
-        folder = out_dir / checkpoint.FOLDER
-        recipe = settings.to_plain(self.recipe)
-        return checkpoint.save(folder, self.state, step=step, recipe=recipe, keep=keep)
 
     def examples(self, first_step: int, last_step: int, *, workers: int) -> Iterator[Example]:
         """The examples of these steps, ``batch_size`` to each, in order."""
@@ -257,8 +227,7 @@ class _FoldRun:
             peak = None if self.peak_bytes else stack.enter_context(measured(self.device))
             parts = [self._backward(example) for example in taken]
         if peak is not None:
-            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            self.peak_bytes = [4 * weights + peak.peak_bytes]
+            self.peak_bytes = [held_bytes(self.model) + peak.peak_bytes]
         loss, fape, distogram = (sum(column) / len(taken) for column in zip(*parts, strict=True))
         _fill_gradients(self.model)
         norm = update(self.state, recipe, step, loss)
@@ -286,7 +255,7 @@ class _FoldRun:
             for index, protein in enumerate(self.data.proteins):
                 recycles = self.recipe.model.recycles
                 batches = self._placed(self.data.whole(index, recycles=recycles))
-                out = functional_call(self.model, self.ema, (batches, recycles))
+                out = functional_call(self.model, self.state.ema, (batches, recycles))
                 positions = out["structure_module"]["final_atom_positions"]
                 found[protein.name] = ca_scores(positions, batches[-1])
         self.model.train()

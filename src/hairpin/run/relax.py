@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hairpin.errors import FoldInputError, MissingExtraError, OutputError
+from hairpin.errors import FoldInputError, MissingExtraError
+from hairpin.proteins.text import write_text
 
 _SPRING = 10.0  # kcal/mol/A^2
 _TOLERANCE = 2.39  # kcal/mol, of an energy change at which to stop
@@ -166,7 +167,4 @@ def _write(
         key = (line[20:22].strip(), line[22:27].strip())
         known = line[:4] == "ATOM" and key in factors
         lines.append(line[:60] + factors[key] + line[66:] if known else line)
-    try:
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    write_text(target, "\n".join(lines) + "\n")

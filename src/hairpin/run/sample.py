@@ -20,8 +20,9 @@ from hairpin.layout import Layout
 from hairpin.models.video_dit import VideoDiT, sample
 from hairpin.run import checkpoint, settings
 from hairpin.run.data import MovingDigits, rank_indices
+from hairpin.run.device import device_of
 from hairpin.run.recipes import VideoRecipe
-from hairpin.run.train import build_model, device_of, split
+from hairpin.run.train import build_model, split
 
 if TYPE_CHECKING:
     from PIL.Image import Image

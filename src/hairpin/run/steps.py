@@ -1,14 +1,56 @@
-"""What every training loop shares: moving the weights, seeding a step, going on with a run."""
+"""What every training loop shares: its state, moving the weights, seeding, going on with a run."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hairpin.errors import CheckpointError, NumericsError, RecipeError
-from hairpin.run import checkpoint, metrics
+from hairpin.run import checkpoint, metrics, settings
 from hairpin.run.recipes.schedule import Schedule
+
+
+def new_state(model: nn.Module, recipe: Schedule) -> checkpoint.TrainState:
+    """A model that has done no step, its AdamW, and a copy of its weights to average in."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=recipe.lr,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return checkpoint.TrainState(model, optimizer, ema)
+
+
+def load(source: Path, state: checkpoint.TrainState, recipe: Schedule) -> int:
+    """Go on from a checkpoint; returns the number of steps it has done.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to another model or recipe.
+    """
+    info = checkpoint.read_info(source)
+    checkpoint.require_model(source, state.model)
+    settings.require_same(recipe, info.recipe)
+    checkpoint.load(source, state)
+    return info.step
+
+
+def save(
+    out_dir: Path, state: checkpoint.TrainState, recipe: Schedule, *, step: int, keep: int
+) -> Path:
+    """Write the checkpoint of a step of the run in ``out_dir``; the newest ``keep`` stay."""
+    folder = out_dir / checkpoint.FOLDER
+    return checkpoint.save(folder, state, step=step, recipe=settings.to_plain(recipe), keep=keep)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """What training holds beside activations and gradients.
+
+    Weights, their average and AdamW's two moments.
+    """
+    return 4 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def update(state: checkpoint.TrainState, recipe: Schedule, step: int, loss: float) -> float:

@@ -8,7 +8,6 @@ Dims: b batch, t frames, h height, w width.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +26,19 @@ from hairpin.planning.make import plan as make_plan
 from hairpin.planning.plan import Plan
 from hairpin.run import checkpoint, metrics, settings
 from hairpin.run.data import MovingDigits, rank_indices
+from hairpin.run.device import device_of
 from hairpin.run.memory import measured, require_budget
 from hairpin.run.recipes import VideoRecipe
-from hairpin.run.steps import open_log, require_work, seed_dropout, update
+from hairpin.run.steps import (
+    held_bytes,
+    load,
+    new_state,
+    open_log,
+    require_work,
+    save,
+    seed_dropout,
+    update,
+)
 from hairpin.units import parse_bytes
 
 OnStep = Callable[[metrics.StepMetrics], None]
@@ -89,7 +98,7 @@ def train(
         require_agreement(f"train {json.dumps(settings.to_plain(recipe))}", mesh, axis)
     run = _Run(recipe, mesh)
     source = None if resume is None else checkpoint.find(resume, fallback=fallback)
-    first_step = 0 if source is None else run.load(source)
+    first_step = 0 if source is None else load(source, run.state, recipe)
     last_step = recipe.steps if stop_step is None else stop_step
     require_work(first_step, last_step, source)
 
@@ -103,7 +112,7 @@ def train(
                     on_step(row)
             done = step + 1
             if done % recipe.checkpoint_every == 0 or done == last_step:
-                source = run.save(out_dir, step=done, keep=keep)
+                source = save(out_dir, run.state, recipe, step=done, keep=keep)
     finally:
         if log is not None:
             log.close()
@@ -149,52 +158,19 @@ def plan_video(model: VideoDiT, recipe: VideoRecipe, mesh: Mesh, *, clips: int) 
     return make_plan(model, example, mesh, attends=ATTENDS)
 
 
-def device_of(mesh: Mesh) -> torch.device:
-    """Where this rank computes: its GPU where there is one for each rank, else the CPU."""
-    if mesh.world == 1:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = mesh.device_mesh.device_type
-    place = f":{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else ""
-    return torch.device(kind + place)
-
-
 class _Run:
-    """The moving parts of a run on this rank: model, optimizer, average, data."""
+    """The moving parts of a run on this rank: model and training state, split, data."""
 
     def __init__(self, recipe: VideoRecipe, mesh: Mesh) -> None:
         self.recipe = recipe
         self.mesh = mesh
         self.device = device_of(mesh)
         self.model = build_model(recipe, device=self.device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=recipe.lr,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.state = new_state(self.model, recipe)
         self.data = MovingDigits(recipe.data, split="train", seed=recipe.seed)
         most_clips = -(-recipe.batch_size // mesh.size("dp"))
         self.plan = split(self.model, recipe, mesh, clips=most_clips)
         self.peak_bytes: list[int] | None = None
-
-    @property
-    def state(self) -> checkpoint.TrainState:
-        return checkpoint.TrainState(self.model, self.optimizer, self.ema)
-
-    def load(self, source: Path) -> int:
-        """Go on from a checkpoint; returns the number of steps it has done."""
-        info = checkpoint.read_info(source)
-        checkpoint.require_model(source, self.model)
-        settings.require_same(self.recipe, info.recipe)
-        checkpoint.load(source, self.state)
-        return info.step
-
-    def save(self, out_dir: Path, *, step: int, keep: int) -> Path:
-        folder = out_dir / checkpoint.FOLDER
-        recipe = settings.to_plain(self.recipe)
-        return checkpoint.save(folder, self.state, step=step, recipe=recipe, keep=keep)
 
     def step(self, step: int, *, budget_bytes: int | None = None) -> metrics.StepMetrics:
         """One optimizer step, counted from 0."""
@@ -221,14 +197,10 @@ class _Run:
         )
 
     def _measured_backward(self, step: int) -> tuple[float, int]:
-        """As :meth:`_backward`, with the most bytes this rank needs for a step.
-
-        Weights, their average and AdamW's two moments stay; on top come activations and gradients.
-        """
+        """As :meth:`_backward`, with the most bytes this rank needs for a step."""
         with measured(self.device) as peak:
             loss = self._backward(step)
-        weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return loss, 4 * weights_bytes + peak.peak_bytes
+        return loss, held_bytes(self.model) + peak.peak_bytes
 
     def _backward(self, step: int) -> float:
         """Loss of this step's clips, and its gradients, averaged over all ranks."""

@@ -11,7 +11,7 @@ NAME = "monomer_ptm_templates_recycle1"
 
 def test_labels_are_deepminds():
     features = oracle.features(NAME)
-    found = atoms.label_features(
+    found = atoms.derived_labels(
         features["aatype"], features["all_atom_positions"], features["all_atom_mask"]
     )
     found |= atoms.atom_features(features["aatype"])

@@ -1,5 +1,6 @@
 """The whole model: recycling, sampling, dropout, precision, what it refuses."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,31 @@ def test_one_batch_a_recycle_is_used_in_turn():
     assert not torch.allclose(several, same)
     with pytest.raises(DataError, match=r"3 recycles need 4 batches .* but 3 were given"):
         model(batches, recycles=3)
+
+
+@pytest.mark.parametrize("multimer", [False, True])
+def test_a_recycle_hands_on_three_tensors_and_keeps_nothing_else(multimer):
+    """When the next run begins, the MSA of the run before is gone, and the row is a copy."""
+    config, model = built(multimer=multimer)
+    msas, alive, handed = [], [], []
+
+    def begins(_, args):
+        handed.append(args[1:])
+        alive.append(sum(msa() is not None for msa in msas))
+
+    def ends(_, __, out):
+        msas.append(weakref.ref(out[0].untyped_storage()))
+
+    model.recycling_embedder.register_forward_pre_hook(begins)
+    model.evoformer.register_forward_hook(ends)
+    with torch.no_grad():
+        out = model(random_features(config), recycles=2)
+    assert alive == [0, 0, 0]
+    assert msas[-1]() is not None  # the last one is an output
+    assert out["representations"]["msa"].untyped_storage().nbytes() > handed[-1][1].nbytes
+    for positions, row, pair in handed:
+        for tensor in (positions, row, pair):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_only_the_last_recycle_carries_gradients():
@@ -149,6 +175,22 @@ def test_letters_are_masked_as_often_as_told():
     assert abs((out["msa"][hidden] == 22).float().mean() - 0.7) < 0.03
     kept = (out["msa"] == out["true_msa"])[hidden].float().mean()
     assert abs(kept - (0.1 + 0.1 / 20 + 0.1 / 20)) < 0.02
+
+
+def test_letters_that_tell_nothing_are_hidden_but_not_asked_for():
+    """The mask of the pipeline goes with its rows and changes nothing that the model sees."""
+    batch = batch_of(rows=60, residues=40)
+    telling = (torch.rand(60, 40, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    batch["deletion_matrix"][:, 0] = torch.arange(60).float()  # marks every row
+    sample = SampleMSA(DataConfig(max_msa_clusters=20))
+    plain = sample(batch, torch.Generator().manual_seed(0))
+    out = sample(batch | {"bert_mask": telling}, torch.Generator().manual_seed(0))
+    order = out["deletion_matrix"][:, 0].long()
+    assert torch.equal(out["bert_mask"], plain["bert_mask"] * telling[order])
+    assert 0 < out["bert_mask"].sum() < plain["bert_mask"].sum()
+    assert torch.equal(out["msa"], plain["msa"])
+    assert torch.equal(out["extra_msa"], plain["extra_msa"])
+    assert ((out["msa"] != out["true_msa"]) & (out["bert_mask"] == 0)).any()
 
 
 def test_clusters_by_hand():

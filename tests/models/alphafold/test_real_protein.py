@@ -37,7 +37,7 @@ def protein():
 
 def test_it_is_rebuilt_from_its_backbone_and_torsions(protein):
     aatype, positions, mask = protein
-    labels = atoms.label_features(*protein)
+    labels = atoms.derived_labels(*protein)
     torsions = atoms.atom37_to_torsion_angles(*protein)["torsion_angles_sin_cos"]
     ideal = atoms.IdealGeometry.of(aatype, positions)
     backbone = Rigid.from_tensor7(labels["backbone_affine_tensor"])
@@ -49,7 +49,7 @@ def test_it_is_rebuilt_from_its_backbone_and_torsions(protein):
 
 
 def test_it_has_no_violations(protein):
-    labels = atoms.label_features(*protein)
+    labels = atoms.derived_labels(*protein)
     r = torch.arange(len(protein[0]))
     whole = Atoms(labels["atom14_gt_positions"], labels["atom14_gt_exists"], protein[0], r)
     metrics = violation_metrics(find_violations(LossConfig(), whole), whole, torch.ones(len(r)))
@@ -61,7 +61,7 @@ def test_its_mirror_image_is_far_away(protein):
     aatype, positions, mask = protein
     mirror = positions * torch.tensor([-1.0, 1.0, 1.0]).double()
     truth, reflected = (
-        atoms.label_features(aatype, x, mask)["backbone_affine_tensor"] for x in (positions, mirror)
+        atoms.derived_labels(aatype, x, mask)["backbone_affine_tensor"] for x in (positions, mirror)
     )
     known = torch.ones(len(aatype)).double()
     assert backbone_fape(LossConfig(), truth[None], truth, known) < 1.1e-3

@@ -219,7 +219,7 @@ def frames_to_atom14(ideal: IdealGeometry, frames: Rigid) -> Float[Tensor, "r 14
 # ----------------------------------------------------------------------------------------- labels
 
 
-def label_features(
+def derived_labels(
     aatype: Int[Tensor, " r"],
     positions: Float[Tensor, "r 37 3"],
     mask: Float[Tensor, "r 37"],

@@ -6,6 +6,18 @@ models. Widths: c_m MSA, c_z pair, c_s single, c_e extra MSA, c_t template pair.
 
 from dataclasses import dataclass, field
 
+from hairpin.proteins.sizes import DataConfig
+
+__all__ = [
+    "AlphaFoldConfig",
+    "BlockConfig",
+    "DataConfig",
+    "HeadsConfig",
+    "LossConfig",
+    "StructureModuleConfig",
+    "TemplateConfig",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
@@ -141,31 +153,6 @@ class LossConfig:
     violation_tolerance: float = 12.0
     min_resolution: float = 0.1
     max_resolution: float = 3.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How many sequences and templates the model sees, and how the MSA is masked (Sec. 1.2).
-
-    Attributes:
-        max_msa_clusters: rows of the clustered MSA, template rows included where
-            ``clusters_hold_templates``.
-        max_extra_msa: rows of the extra MSA.
-        max_templates: 0 for a model without templates.
-        replace_fraction: part of the MSA's letters that is masked or replaced.
-        uniform, profile, same: what a replaced letter becomes; the rest is the mask.
-        crop_size: residues of a training crop; None for no crop.
-    """
-
-    max_msa_clusters: int = 512
-    max_extra_msa: int = 1024
-    max_templates: int = 0
-    clusters_hold_templates: bool = False
-    replace_fraction: float = 0.15
-    uniform: float = 0.1
-    profile: float = 0.1
-    same: float = 0.1
-    crop_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,11 +111,12 @@ class AlphaFold(nn.Module):
         previous = self._start(batches[0])
         done = 0
         while done < wanted:
-            with torch.no_grad():
-                out = self.run_once(batches[done], previous, generator)
+            with torch.no_grad():  # nothing else of this run outlives it
+                after = _handed_on(self.run_once(batches[done], previous, generator))
             done += 1
-            before, previous = previous, _handed_on(out)
-            if self._converged(batches[0], before, previous):
+            settled = self._converged(batches[0], previous, after)
+            previous = after
+            if settled:
                 break
         out = self.run_once(batches[done], previous, generator)
         return out | {"num_recycles": torch.tensor(done)}
@@ -219,10 +220,11 @@ class AlphaFold(nn.Module):
 
 
 def _handed_on(out: dict[str, Any]) -> Previous:
+    """The row is copied: as it is, it would keep the whole MSA representation in memory."""
     representations = out["representations"]
     return Previous(
         out["structure_module"]["final_atom_positions"],
-        representations["msa_first_row"],
+        representations["msa_first_row"].clone(),
         representations["pair"],
     )
 

@@ -22,6 +22,8 @@ class SampleMSA(nn.Module):
 
     ``msa, deletion_matrix, msa_mask`` are ``[n, r]``. Rows are drawn without replacement, the
     first always among them, and every letter is masked or replaced with ``replace_fraction``.
+    A batch may have ``bert_mask[n, r]``, 0 where a letter tells nothing, such as where a row has
+    no sequence for a chain. Letters there are hidden like others, but need not be predicted.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -31,7 +33,10 @@ class SampleMSA(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """The batch with its rows chosen, ``extra_*`` rows, and ``true_msa, bert_mask[s, r]``."""
+        """The batch with its rows chosen, ``extra_*`` rows, and ``true_msa, bert_mask[s, r]``.
+
+        ``bert_mask`` is then 1 for the letters that the loss asks for.
+        """
         out = split_rows(batch, self._order(batch, generator), self.config)
         return self._mask(out, batch, generator)
 
@@ -54,9 +59,10 @@ class SampleMSA(nn.Module):
         logits = (probabilities + 1e-6).log()
         letters = (logits + _gumbel(logits, generator)).argmax(-1)
         chosen = _uniform(mask, generator) < c.replace_fraction
-        bert_mask = chosen.to(mask.dtype) * mask
-        replaced = torch.where(bert_mask > 0, letters, msa) * mask.to(msa.dtype)
-        return out | {"msa": replaced, "true_msa": msa, "bert_mask": bert_mask}
+        hidden = chosen.to(mask.dtype) * mask
+        replaced = torch.where(hidden > 0, letters, msa) * mask.to(msa.dtype)
+        asked = hidden * out["bert_mask"] if "bert_mask" in out else hidden
+        return out | {"msa": replaced, "true_msa": msa, "bert_mask": asked}
 
 
 class FirstRows(nn.Module):
@@ -81,7 +87,7 @@ def split_rows(batch: Mapping[str, Tensor], order: Tensor, config: DataConfig) -
     chosen, rest = order[: config.max_msa_clusters], order[config.max_msa_clusters :]
     return (
         dict(batch)
-        | {name: batch[name][chosen] for name in _ROWS}
+        | {name: batch[name][chosen] for name in (*_ROWS, "bert_mask") if name in batch}
         | {f"extra_{name}": batch[name][rest] for name in _ROWS}
     )
 

@@ -62,19 +62,20 @@ def write_plots(page: FoldPage, folder: Path) -> list[Path]:
         OutputError: a file cannot be written.
     """
     best, lengths = page.predictions[0], page.lengths
+    save = partial(save_png, warning=best.rehearsal)
     lines = [(p.model, p.plddt) for p in page.predictions]
     draw = partial(draw_plddt, lines=lines, lengths=lengths)
-    written = [save_png(draw, folder / "plddt.png", size=_WIDE)]
+    written = [save(draw, folder / "plddt.png", size=_WIDE)]
     if page.letters is not None:
         draw = partial(draw_coverage, letters=page.letters, lengths=lengths)
-        written.append(save_png(draw, folder / "msa_coverage.png", size=_WIDE))
+        written.append(save(draw, folder / "msa_coverage.png", size=_WIDE))
     draw = partial(draw_distances, distances=best.distances, lengths=lengths)
-    written.append(save_png(draw, folder / "distogram.png", size=_PNG_SQUARE))
+    written.append(save(draw, folder / "distogram.png", size=_PNG_SQUARE))
     for prediction in page.predictions:
         if prediction.pae is not None:
             draw = partial(draw_pae, pae=prediction.pae, lengths=lengths)
             path = folder / f"{prediction.model}_pae.png"
-            written.append(save_png(draw, path, size=_PNG_SQUARE))
+            written.append(save(draw, path, size=_PNG_SQUARE))
     return written
 
 

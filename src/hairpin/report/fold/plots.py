@@ -7,6 +7,7 @@ Dims: s sequences of the alignment, r, i, j residues.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ _MOST_ROWS = 1200  # of an alignment that are drawn
 _MOST_PIXELS = 1500  # along a matrix
 _GAP = ord("-")
 _MAX_PAE = 30.0
+_ALARM = "#a61b1b"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def figure_of(
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure.add_subplot(), inks)
+    axes = figure.add_subplot()
+    draw(axes, inks)
+    if axes.get_aspect() != "auto":  # a square in a page that is not: lay out around the square
+        figure.set_layout_engine("compressed")
     return figure
 
 
@@ -81,14 +86,18 @@ def svg_of(draw: Callable[[Any, Inks], None], *, size: tuple[float, float]) -> s
         return to_svg(figure_of(draw, ON_PAGE, size=size))
 
 
-def save_png(draw: Callable[[Any, Inks], None], path: Path, *, size: tuple[float, float]) -> Path:
-    """A plot as a PNG file.
+def save_png(
+    draw: Callable[[Any, Inks], None], path: Path, *, size: tuple[float, float], warning: str = ""
+) -> Path:
+    """A plot as a PNG file, with a warning above it where one is given.
 
     Raises:
         MissingExtraError: matplotlib is absent.
         OutputError: the file cannot be written.
     """
     figure = figure_of(draw, size=size)
+    if warning:
+        figure.suptitle("\n".join(wrap(warning, int(11 * size[0]))), fontsize=9, color=_ALARM)
     try:
         figure.savefig(path, dpi=160, facecolor="white")
     except OSError as error:
@@ -126,7 +135,7 @@ def draw_coverage(
         vmin=0,
         vmax=1,
     )
-    axes.plot(np.arange(1, columns + 1), aligned.sum(axis=0), color=inks.ink, lw=1.3)
+    axes.plot(np.arange(1, columns + 1), aligned.sum(axis=0), **_over_a_picture())
     _label(axes, inks, "residue", "sequences")
     _boundaries(axes, inks, lengths, both=False)
     axes.set_xlim(0.5, columns + 0.5)
@@ -185,6 +194,14 @@ def draw_distances(axes: Any, inks: Inks, distances: Floats, lengths: Sequence[i
 # ---------------------------------------------------------------------------------------- pieces
 
 
+def _over_a_picture() -> dict[str, Any]:
+    """How a line looks that is to be seen on any colour: dark with a light rim."""
+    from matplotlib.patheffects import withStroke
+
+    rim = withStroke(linewidth=3.2, foreground="#ffffff")
+    return {"color": PRINTED.ink, "lw": 1.4, "path_effects": [rim]}
+
+
 def _identity(letters: NDArray[np.uint8], lengths: Sequence[int]) -> Floats:
     """Part of the letters that are the target's, of the chains that a row has anything of."""
     same, columns = np.zeros(len(letters)), np.zeros(len(letters))
@@ -233,6 +250,8 @@ def _label(axes: Any, inks: Inks, x: str, y: str) -> None:
     axes.set_xlabel(x, color=inks.ink)
     axes.set_ylabel(y, color=inks.ink)
     axes.tick_params(colors=inks.ink, length=0, labelsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for spine in axes.spines.values():
         spine.set_color(inks.rule)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hairpin.errors import DataError
-from hairpin.models.alphafold.atoms import atom_features, label_features
+from hairpin.models.alphafold.atoms import atom_features, derived_labels
 from hairpin.models.alphafold.config import AlphaFoldConfig
 from hairpin.models.alphafold.geometry import own_precision
 from hairpin.models.alphafold.losses.chains import chain_centre_loss
@@ -82,7 +82,7 @@ def total_loss(
 
 
 def labelled(batch: Batch) -> dict[str, Tensor]:
-    """The batch with every label that its known structure gives (see `label_features`)."""
+    """The batch with every label that its known structure gives (see `derived_labels`)."""
     missing = [name for name in ("all_atom_positions", "all_atom_mask") if name not in batch]
     if missing:
         raise DataError(
@@ -90,7 +90,7 @@ def labelled(batch: Batch) -> dict[str, Tensor]:
             f"give the known structure, or do not ask for the loss"
         )
     aatype = batch["aatype"]
-    derived = label_features(aatype, batch["all_atom_positions"], batch["all_atom_mask"])
+    derived = derived_labels(aatype, batch["all_atom_positions"], batch["all_atom_mask"])
     return {**atom_features(aatype), **derived, **batch}
 
 

@@ -20,7 +20,7 @@ def renamed_labels(
     """The known structure with the names that fit ``positions`` best.
 
     Args:
-        labels: as from `atoms.label_features`.
+        labels: as from `atoms.derived_labels`.
         positions: predicted, in the order of atom14; no gradient flows to them.
 
     Returns:
