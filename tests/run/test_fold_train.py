@@ -17,7 +17,7 @@ from hairpin.errors import CheckpointError, FoldInputError, HairpinError, Recipe
 from hairpin.models.alphafold import presets
 from hairpin.proteins.loader import find_proteins
 from hairpin.run import checkpoint, metrics
-from hairpin.run.fold_train import FoldJob, ca_scores, train_fold
+from hairpin.run.fold_train import FoldJob, _FoldRun, ca_scores, train_fold
 from hairpin.run.launch import RankFailure, launch, user_error
 from hairpin.run.recipes import FoldRecipe, fold_tiny
 from proteins.tiny import mmcif, names_of
@@ -52,13 +52,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 def restless() -> FoldRecipe:
-    """Everything that is drawn at random: crops, masks, recycles, clamping, dropout."""
+    """Everything that is drawn at random: crops, masks, recycles, clamping, dropout.
+
+    The last step takes whole proteins, after the step that a run is killed at.
+    """
     model = presets.tiny()
     data = replace(model.data, max_msa_clusters=4, max_extra_msa=4, crop_size=8)
     return replace(
         fold_tiny(),
         model=replace(model, data=data),
         clamped=0.5,
+        whole_from=3,
         steps=4,
         batch_size=2,
         checkpoint_every=2,
@@ -114,7 +118,7 @@ def kill_at(step: int):
 
 
 def test_the_loss_falls_and_validation_improves(folder, tmp_path):
-    recipe = replace(fold_tiny(), steps=40, validate_every=20, warmup_steps=5, lr=3e-3)
+    recipe = replace(fold_tiny(), steps=40, validate_every=20, warmup_steps=5)
     run(job_of(folder, tmp_path, last_step=40, recipe=recipe))
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -140,6 +144,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(folder, tmp_path):
     assert any(name.startswith(".ema") for name in one)
     assert any("exp_avg_sq" in name for name in one)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_crops_end_where_the_recipe_says_so_and_a_resume_agrees(folder):
+    data = _FoldRun(restless(), find_proteins(folder))
+
+    def lengths(first_step: int) -> list[int]:
+        return [len(e.batches[0]["aatype"]) for e in data.examples(first_step, 4, workers=0)]
+
+    assert lengths(0)[:6] == [8] * 6
+    assert sorted(lengths(0)[6:]) == sorted(len(sequence) for sequence in SEQUENCES.values())
+    assert lengths(2) == lengths(0)[4:]
+    assert lengths(3) == lengths(0)[6:]
 
 
 def error_of(job: FoldJob) -> HairpinError:

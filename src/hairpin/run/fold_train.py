@@ -7,6 +7,7 @@ never stopped. Other processes make the examples ahead of time.
 Jumper et al. 2021, Suppl. Sec. 1.9 to 1.11. Dims: r residues.
 """
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,9 +214,14 @@ class _FoldRun:
 
     def examples(self, first_step: int, last_step: int, *, workers: int) -> Iterator[Example]:
         """The examples of these steps, ``batch_size`` to each, in order."""
-        count = self.recipe.batch_size
-        start, stop = first_step * count, last_step * count
-        return iter(loader.load(self.data, start=start, stop=stop, workers=workers))
+        count, whole_from = self.recipe.batch_size, self.recipe.whole_from
+        turn = last_step if whole_from is None else min(max(whole_from, first_step), last_step)
+        parts = [(self.data, first_step, turn), (_uncropped(self.data), turn, last_step)]
+        return itertools.chain.from_iterable(  # the second starts its workers when its turn comes
+            loader.load(data, start=start * count, stop=stop * count, workers=workers)
+            for data, start, stop in parts
+            if start < stop
+        )
 
     def step(self, step: int, examples: Iterator[Example]) -> FoldStepMetrics:
         """One optimizer step, counted from 0."""
@@ -223,6 +229,8 @@ class _FoldRun:
         taken = list(itertools.islice(examples, recipe.batch_size))
         wait_s = time.perf_counter() - start_s
         seed_dropout(recipe.seed, step, 0)
+        if step == recipe.whole_from:
+            self.peak_bytes = None  # it is higher from here on
         with ExitStack() as stack:
             peak = None if self.peak_bytes else stack.enter_context(measured(self.device))
             parts = [self._backward(example) for example in taken]
@@ -282,6 +290,13 @@ class _FoldRun:
             }
             for batch in batches
         ]
+
+
+def _uncropped(data: Proteins) -> Proteins:
+    """The same examples, whole; files that were read are shared."""
+    whole = copy.copy(data)
+    whole.sizes = replace(data.sizes, crop_size=None)
+    return whole
 
 
 def _fill_gradients(model: AlphaFold) -> None:
