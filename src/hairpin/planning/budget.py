@@ -133,16 +133,28 @@ class _Fit:
         self.inner: dict[str, int] = {}
 
     def run(self) -> Fitted:
-        """Loops for all that need them."""
+        """Loops for all that need them; where several parts cannot, the highest floor is named."""
         graphs = self.graphs
         entries = graphs.entries()
+        failed: list[MemoryBudgetError] = []
         for group in graphs.seen.groups:
-            if not graphs.inlined & set(group.paths):
+            if graphs.inlined & set(group.paths):
+                continue
+            try:
                 self._fit_block(group, entries[group.paths[0]])
-        if graphs.around is not None:
-            self._fit_around()
-        else:
-            self._check_rest()
+            except MemoryBudgetError as error:
+                failed.append(error)
+                least = error.floor_bytes - entries[group.paths[0]]
+                self.inner.update(dict.fromkeys(group.paths, least))
+        try:
+            if graphs.around is not None:
+                self._fit_around()
+            elif not failed:
+                self._check_rest()
+        except MemoryBudgetError as error:
+            failed.append(error)
+        if failed:
+            raise max(failed, key=lambda each: each.floor_bytes)
         return self.fitted
 
     def _fit_block(self, group: Group, entry_bytes: int) -> None:
