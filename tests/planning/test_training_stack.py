@@ -101,3 +101,58 @@ def test_dropout_inside_attention_is_drawn_by_position() -> None:
         hp.detach(model)
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm()) <= 1e-12 * float(other.norm())
+
+
+class Masked(nn.Module):
+    """Layers that are given a mask by positions, or none: ``x[b, n, 16]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MaskedLayer() for _ in range(2))
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, kept)
+        return x.square().mean()
+
+
+class MaskedLayer(Layer):
+    def forward(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        if kept is not None:
+            scores = scores * kept[..., None, :]
+        return super().forward(scores.softmax(-1) @ x)
+
+
+class Headed(Masked):
+    """The same, with a head and a loss that hold most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 900)
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, kept)
+        return self.head(x).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_call_without_an_argument_trains_too(with_head: bool) -> None:
+    torch.manual_seed(0)
+    model = (Headed() if with_head else Masked()).double().train()
+    x, kept = torch.randn(1, 200, 16).double(), (torch.rand(1, 200) > 0.2).double()
+
+    def gradients(*given: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        model(*given).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    truth, whole = gradients(x), hp.estimate(model, (x, kept), backward=True)
+    budget = int((0.6 if with_head else 0.8) * whole)
+    hp.parallelize(model, hp.plan(model, (x, kept), memory=budget, backward=True))
+    for mine, true in zip(gradients(x), truth, strict=True):
+        assert float((mine - true).norm()) <= 1e-12 * float(true.norm())
+    model.zero_grad()
+    peak = peak_cpu_bytes(lambda: model(x).backward())
+    assert peak <= budget if with_head else peak < whole  # see "Limits" in docs/memory.md

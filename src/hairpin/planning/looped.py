@@ -17,13 +17,16 @@ from hairpin.errors import PlanError, TraceError
 from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.leaf import Call
 from hairpin.planning.budget import fit
+from hairpin.planning.budget_training import fit_training
 from hairpin.planning.example import Example
 from hairpin.planning.graphs import Graphs
 from hairpin.planning.loops import BlockLoops
 from hairpin.planning.program import Program, make_program, restored
 from hairpin.planning.search import Search
 from hairpin.planning.stamp import stamp
+from hairpin.planning.training import TrainingProgram, make_training_program
 
+_LESS = 0.9  # of a budget, tried next where what was found keeps too much
 _log = logging.getLogger(__name__)
 
 
@@ -172,7 +175,8 @@ class Shared:
             first = self.programs[0]
             flat = traced.flat_inputs(block, type(block).forward.__get__(block), *call)
             _log.info("planning the loops of %s again: %s", traced.name, reason)
-            made = make_program(Search.of(traced), first.budget_bytes, flat, first.speeds)
+            make = _keeping_no_more if first.backward else _within
+            made = make(first, Search.of(traced), flat)
             made.entry_bytes = first.entry_bytes
         self._add(made)
         return made
@@ -190,8 +194,14 @@ class Shared:
         if self.programs:
             _log.info("planning the loops of %s again: %s", type(model).__name__, reason)
             with _bare(model):
-                speeds = self.programs[0].speeds
-                fitted = fit(model, call, self.loops.budget_bytes, speeds=speeds)
+                again = fit_training if self.loops.backward else fit
+                fitted = again(
+                    model,
+                    call,
+                    self.loops.budget_bytes,
+                    speeds=self.programs[0].speeds,
+                    progress=_log.debug,
+                )
             programs = fitted.programs
             if "" not in programs:
                 raise PlanError(f"this {type(model).__name__} is called otherwise: {reason}")
@@ -210,6 +220,39 @@ class Shared:
                 shared._add(programs[path])
         self._add(programs[""])
         return programs[""]
+
+
+def _within(first: Program, search: Search, flat: Sequence[Any]) -> Program:
+    """A program for another call of a block, under the same budget."""
+    return make_program(search, first.budget_bytes, flat, first.speeds)
+
+
+def _keeping_no_more(first: Program, search: Search, flat: Sequence[Any]) -> Program:
+    """The same for training, where what a block keeps is alive while others run.
+
+    All its arguments count as needing gradients: those of the same block elsewhere may.
+
+    Raises:
+        MemoryBudgetError: there is none that keeps as little.
+    """
+    ports = zip(flat, search.traced.inputs, strict=True)
+    flat = [_with_gradient(x) if port.kind == "given" else x for x, port in ports]
+    budget = first.peak_bytes or first.budget_bytes
+    while True:
+        made = make_training_program(search, budget, flat, first.speeds)
+        if not isinstance(first, TrainingProgram) or _keeps(made) <= _keeps(first):
+            return made
+        budget = int(_LESS * min(budget, made.peak_bytes))
+
+
+def _with_gradient(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_()
+
+
+def _keeps(program: TrainingProgram) -> int:
+    return program.kept.kept_bytes + program.kept.output_bytes
 
 
 @contextmanager
