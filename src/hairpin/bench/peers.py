@@ -292,9 +292,6 @@ def _doubled(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-_ZERO = 1e-6  # of the largest gradient: less is rounding around zero, as of a key's bias
-
-
 @dataclass(frozen=True)
 class _Truth:
     """Gradients to compare with.
@@ -309,21 +306,11 @@ class _Truth:
 
     def errors(self, found: Sequence[Tensor]) -> tuple[float, float]:
         """Largest difference from the exact ones, and the largest relative to its tensor."""
-        return self._errors(found, self.exact)
+        return errors(found, self.exact)
 
     def from_eager(self, found: Sequence[Tensor]) -> float:
         """Largest difference from eager's, relative to its tensor."""
-        return self._errors(found, self.eager)[1]
-
-    def _errors(self, found: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
-        sizes = [float(each.abs().max()) for each in self.exact]
-        absolute = relative = 0.0
-        for one, other, size in zip(found, truth, sizes, strict=True):
-            difference = float((one.double() - other.double()).abs().max())
-            scale = size if size > _ZERO * max(sizes) else max(sizes)
-            absolute = max(absolute, difference)
-            relative = max(relative, difference / scale if scale else difference)
-        return absolute, relative
+        return errors(found, self.eager)[1]
 
 
 def _checkpointed_case(case: Case) -> nn.Module:

@@ -72,13 +72,25 @@ def time_ratio(ours_s: Sequence[float], theirs_s: Sequence[float]) -> float:
     return median(ours / theirs for ours, theirs in zip(ours_s, theirs_s, strict=True))
 
 
+_ZERO = 1e-6  # of the largest entry of all: a tensor below is rounding around zero
+
+
 def errors(got: Any, want: Any) -> tuple[float, float]:
-    """Largest absolute difference of all tensors, and the largest one relative to its tensor."""
+    """Largest absolute difference of all tensors, and the largest one relative to its tensor.
+
+    A tensor that is zero but for rounding, such as the gradient of a bias before a softmax, is
+    compared with the largest of all.
+    """
+    pairs = [
+        (a.detach().double(), b.detach().double())
+        for a, b in zip(tensors(got), tensors(want), strict=True)
+    ]
+    sizes = [float(b.abs().max()) if b.numel() else 0.0 for _, b in pairs]
+    largest = max(sizes, default=0.0)
     absolute = relative = 0.0
-    for got_one, want_one in zip(tensors(got), tensors(want), strict=True):
-        a, b = got_one.detach().double(), want_one.detach().double()
+    for (a, b), size in zip(pairs, sizes, strict=True):
         difference = float((a - b).abs().max()) if a.numel() else 0.0
-        scale = float(b.abs().max()) if b.numel() else 0.0
+        scale = size if size > _ZERO * largest else largest
         absolute = max(absolute, difference)
         relative = max(relative, difference / scale if scale else difference)
     return absolute, relative
