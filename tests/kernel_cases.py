@@ -90,13 +90,13 @@ CASES = {
 
 
 def attention_formula(q, k, v, mask, bias):
-    """A row without keys attends to all alike; gradients pass as through a sum."""
+    """A row without keys attends as if all counted."""
     logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
     if bias is not None:
         logits = logits + bias
     if mask is not None:
-        masked = logits.masked_fill(mask[:, None, None] == 0, -1e9)
-        logits = logits + (masked - logits).detach()
+        counts = (mask != 0) | ~(mask != 0).any(-1, keepdim=True)
+        logits = logits.masked_fill(~counts[:, None, None], float("-inf"))
     return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), v)
 
 

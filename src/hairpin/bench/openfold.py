@@ -310,7 +310,10 @@ class _Bench:
         """At ``sizes = (s, r, c_m, c_z)``; the blocks need gradients afterwards, or do not."""
         args = example(*sizes)
         generator = torch.Generator().manual_seed(2)
-        cotangents = tuple(torch.randn(x.shape, generator=generator) for x in args[:2])
+        cotangents = tuple(
+            torch.randn(x.shape, generator=generator) * kept[..., None]  # no loss asks for padding
+            for x, kept in zip(args[:2], args[2:], strict=True)
+        )
         for each in (*args[:2], *theirs.parameters(), *ours.parameters()):
             each.requires_grad_(grad)
         return cls(theirs, ours, grad, args, cotangents)
@@ -397,7 +400,7 @@ class _Bench:
         return outputs
 
     def _result(self, way: _Way) -> list[Tensor]:
-        """Both outputs and, where there is a backward, all gradients by OpenFold's names."""
+        """Both outputs but padding and, in a backward, all gradients by OpenFold's names."""
         fresh = [x.detach().clone().requires_grad_(self.grad) for x in self.args[:2]]
         outputs = self._run(way, (*fresh, *self.args[2:]))
         gradients = {name: _gradient(p) for name, p in way.model.named_parameters() if self.grad}
@@ -405,7 +408,8 @@ class _Bench:
             gradients = _as_theirs(gradients)
         of_inputs = [_gradient(x) for x in fresh if self.grad]
         _drop_gradients(way)
-        return [*outputs, *of_inputs, *(gradients[name] for name in sorted(gradients))]
+        asked = [x * kept[..., None] for x, kept in zip(outputs, self.args[2:], strict=True)]
+        return [*asked, *of_inputs, *(gradients[name] for name in sorted(gradients))]
 
 
 def example(sequences: int, residues: int, c_m: int, c_z: int) -> tuple[Tensor, ...]:

@@ -24,12 +24,14 @@ def attention(
         q: queries ``[b, h, q, d]``, not yet scaled.
         k: keys ``[b, h, k, d]``.
         v: values ``[b, h, k, d]``.
-        mask: 1 where a key counts, ``[b, k]``; a row with no key attends to all alike.
+        mask: 1 where a key counts, ``[b, k]``; a row with no key attends as if all counted.
         bias: added to the logits, ``[h, q, k]``; its gradient is summed over b.
 
     Returns:
         ``[b, h, q, d]``.
     """
+    if mask is not None:
+        mask = _with_a_key(mask)
     if why_not_triton(q, k, v, mask, bias) is None:
         return _on_cuda(q, k, v, mask, bias)
     if mask is not None and q.dtype == torch.float16:  # it cannot hold a logit low enough
@@ -90,6 +92,15 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Te
         q, k, v = F.pad(q, (0, 1), value=1.0), torch.cat([k, masked], -1), F.pad(v, (0, 1))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0)
     return y[..., :d]
+
+
+def _with_a_key(mask: Tensor) -> Tensor:
+    """The mask, with all keys of a row that has none: ``[b, k]``.
+
+    It is what a low logit for each of them means. As float32 has it, adding 1e9 rounds the logits
+    away, and fused kernels then lose the sum of their exponentials and give wrong gradients.
+    """
+    return torch.where((mask != 0).any(-1, keepdim=True), mask, 1.0).to(mask.dtype)
 
 
 def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
