@@ -30,8 +30,6 @@ def attention(
     Returns:
         ``[b, h, q, d]``.
     """
-    if mask is not None:
-        mask = _with_a_key(mask)
     if why_not_triton(q, k, v, mask, bias) is None:
         return _on_cuda(q, k, v, mask, bias)
     if mask is not None and q.dtype == torch.float16:  # it cannot hold a logit low enough
@@ -66,7 +64,7 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor 
 
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if mask is not None:
-        mask = mask.expand(k.shape[0], k.shape[2]).contiguous()
+        mask = _with_a_key(mask).expand(k.shape[0], k.shape[2]).contiguous()
     if bias is not None:
         bias = bias.expand(q.shape[1], q.shape[2], k.shape[2]).contiguous()
     out: Tensor = twin.attention(q, k, v, mask, bias)[0]
@@ -105,6 +103,7 @@ def _with_a_key(mask: Tensor) -> Tensor:
 
 def key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What a key's mask adds to its logits: ``[b, k] -> [b, 1, 1, k]``."""
+    mask = _with_a_key(mask)
     if mask.dtype != dtype:
         mask = mask.to(dtype)
     return (MASKED * (1 - mask))[:, None, None, :]
