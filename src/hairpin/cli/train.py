@@ -33,6 +33,21 @@ _NEEDS = (
     ("jinja2", "jinja2", "report"),
 )
 
+# options of every training
+Steps = Annotated[
+    int | None, typer.Option(help="Stop when so many steps are done, those resumed included.")
+]
+Resume = Annotated[Path | None, typer.Option(help="Folder of a run or checkpoint to go on from.")]
+Fallback = Annotated[
+    bool, typer.Option("--fallback", help="Pass over a damaged newest checkpoint.")
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder to write; default runs/<recipe>, or the run resumed."),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32 or float64.")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
+
 app = typer.Typer(help="Train a model.", no_args_is_help=True)
 
 
@@ -56,23 +71,14 @@ def video(
     memory: Annotated[
         str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Stop when so many steps are done, those resumed included.")
-    ] = None,
+    steps: Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step, over all ranks.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder of a run or checkpoint to go on from.")
-    ] = None,
-    fallback: Annotated[
-        bool, typer.Option("--fallback", help="Pass over a damaged newest checkpoint.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write; default runs/<recipe>, or the run resumed."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    resume: Resume = None,
+    fallback: Fallback = False,
+    out: RunFolder = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and noise.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    checkpoint_every: CheckpointEvery = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a video transformer on moving handwritten digits, then write samples and a report."""

@@ -28,26 +28,17 @@ def fold(
     recipe: Annotated[
         str | None, typer.Option(help="tiny (the default), or that of the checkpoint.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Stop when so many steps are done, those resumed included.")
-    ] = None,
+    steps: train.Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Proteins per step.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder of a run or checkpoint to go on from.")
-    ] = None,
-    fallback: Annotated[
-        bool, typer.Option("--fallback", help="Pass over a damaged newest checkpoint.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write; default runs/<recipe>, or the run resumed."),
-    ] = None,
+    resume: train.Resume = None,
+    fallback: train.Fallback = False,
+    out: train.RunFolder = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that make examples; 0 for none beside this one.")
     ] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    dtype: train.Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, crops and sampling.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    checkpoint_every: train.CheckpointEvery = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
