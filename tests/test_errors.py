@@ -12,6 +12,7 @@ ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
 PYTHONS = {
     "UnitError": ValueError,
     "LayoutError": ValueError,
+    "SequenceError": ValueError,
     "MeshError": ValueError,
     "PlanError": ValueError,
     "SplitError": errors.PlanError,

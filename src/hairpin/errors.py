@@ -16,6 +16,10 @@ class LayoutError(HairpinError, ValueError):
     """A layout pattern, its sizes, or a tensor that should follow it are wrong."""
 
 
+class SequenceError(HairpinError, ValueError):
+    """Attention along a split sequence was asked for in a way that cannot be right."""
+
+
 class MeshError(HairpinError, ValueError):
     """A mesh does not fit the processes there are, or an axis is not on the mesh."""
 

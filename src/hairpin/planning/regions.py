@@ -703,7 +703,7 @@ def flops(step: Step) -> float:
         for length in operation.inputs[1][1:]:
             weight *= length
         return 2.0 * out * weight
-    if name == "aten.einsum":
+    if name == "aten.einsum" and len(operation.inputs) > 1:  # of one tensor it is no product
         work = 1.0
         for length in set(sum(operation.inputs, ())):
             work *= length

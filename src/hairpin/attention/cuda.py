@@ -1,0 +1,67 @@
+"""torch's own fused attention on CUDA, with its log-sum-exp."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hairpin.attention.block import Block, Qkv, State
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_WIDEST = 256
+_ALIGNED = 8  # channels of a head must be a multiple
+
+
+def takes(q: Tensor) -> bool:
+    """Whether one of torch's kernels computes this, forward and backward."""
+    if q.shape[-1] % _ALIGNED:
+        return False
+    return q.dtype == torch.float32 or (q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_WIDEST)
+
+
+def forward(qkv: Qkv, block: Block) -> State:
+    """``(out, lse)`` of one block."""
+    q, k, v = qkv
+    k, v = _repeated(q, k), _repeated(q, v)
+    if q.dtype in _FLASH_DTYPES:
+        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = flash(q, k, v, 0.0, block.causal, False, scale=block.scale)
+        return out, lse
+    efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, *_ = efficient(q, k, v, None, True, 0.0, block.causal, scale=block.scale)
+    return out, lse[..., : q.shape[2]]
+
+
+def backward(
+    grad: Tensor, qkv: Qkv, state: State, block: Block
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Gradients by one block, given output and log-sum-exp over all keys."""
+    (q, k, v), (out, lse) = qkv, state
+    groups = k.shape[1]
+    k, v = _repeated(q, k), _repeated(q, v)
+    grad, out = grad.to(q.dtype), out.to(q.dtype)
+    seed = torch.zeros((), dtype=torch.int64)  # no dropout: never read
+    if q.dtype in _FLASH_DTYPES:
+        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        lengths = (None, None, q.shape[2], k.shape[2])
+        grads = flash(
+            *(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, block.causal, seed, seed),
+            scale=block.scale,
+        )
+    else:
+        efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        wanted = [True, True, True, False]
+        grads = efficient(
+            *(grad, q, k, v, None, out, lse, seed, seed, 0.0, wanted, block.causal),
+            scale=block.scale,
+        )
+    return grads[0], _summed(grads[1], groups), _summed(grads[2], groups), None
+
+
+def _repeated(q: Tensor, x: Tensor) -> Tensor:
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x
+
+
+def _summed(x: Tensor, groups: int) -> Tensor:
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
