@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hairpin.attention.api import attention
+    from hairpin.attention.mask import Mask
+    from hairpin.attention.order import Order
+    from hairpin.attention.split import SequenceSplit
     from hairpin.comm.grads import sync_grads
     from hairpin.comm.mesh import Mesh, init_mesh
     from hairpin.comm.pending import Pending
@@ -24,18 +28,26 @@ if TYPE_CHECKING:
     from hairpin.planning.fitted import estimate
     from hairpin.planning.make import plan
     from hairpin.planning.plan import Plan
+    from hairpin.planning.routes import Route
     from hairpin.planning.seam import Seam
+    from hairpin.planning.sequence import SequencePlan, plan_sequence
     from hairpin.run.profile import profile
 
 _HOMES = {
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
+    "Mask": "hairpin.attention.mask",
     "MemoryBudgetError": "hairpin.errors",
     "Mesh": "hairpin.comm.mesh",
+    "Order": "hairpin.attention.order",
     "Pending": "hairpin.comm.pending",
     "Plan": "hairpin.planning.plan",
+    "Route": "hairpin.planning.routes",
     "Seam": "hairpin.planning.seam",
+    "SequencePlan": "hairpin.planning.sequence",
+    "SequenceSplit": "hairpin.attention.split",
     "all_reduce": "hairpin.comm.verbs",
+    "attention": "hairpin.attention.api",
     "detach": "hairpin.planning.apply",
     "estimate": "hairpin.planning.fitted",
     "gather": "hairpin.comm.verbs",
@@ -44,6 +56,7 @@ _HOMES = {
     "parallelize": "hairpin.planning.apply",
     "plan": "hairpin.planning.make",
     "plan_of": "hairpin.planning.apply",
+    "plan_sequence": "hairpin.planning.sequence",
     "profile": "hairpin.run.profile",
     "reduce_scatter": "hairpin.comm.verbs",
     "scatter": "hairpin.comm.verbs",
@@ -54,12 +67,18 @@ _HOMES = {
 __all__ = [
     "HairpinError",
     "Layout",
+    "Mask",
     "MemoryBudgetError",
     "Mesh",
+    "Order",
     "Pending",
     "Plan",
+    "Route",
     "Seam",
+    "SequencePlan",
+    "SequenceSplit",
     "all_reduce",
+    "attention",
     "detach",
     "estimate",
     "gather",
@@ -68,6 +87,7 @@ __all__ = [
     "parallelize",
     "plan",
     "plan_of",
+    "plan_sequence",
     "profile",
     "reduce_scatter",
     "scatter",

@@ -93,6 +93,7 @@ def _call(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tensor
         mask=mask,
         scale=q.shape[-1] ** -0.5 if q.shape[-1] else 1.0,
         heads=tuple(range(q.shape[1])),
+        sizes=(q.shape[1], split.order.length, keys_split.order.length),
     )
 
 

@@ -59,6 +59,7 @@ class Call:
         mask: which keys count.
         scale: what scores are multiplied by.
         heads: global indices of this rank's query heads.
+        sizes: query heads, queries and keys in all.
         key_heads: local key/value head of each query head, where not ``i // (h / g)``.
         dropout, seed: of the weights.
     """
@@ -71,6 +72,7 @@ class Call:
     mask: Mask
     scale: float
     heads: tuple[int, ...]
+    sizes: tuple[int, int, int]
     key_heads: tuple[int, ...] | None = None
     dropout: float = 0.0
     seed: int = 0
@@ -119,7 +121,7 @@ class Operands:
         heads, batch = torch.tensor(call.heads), self.q.shape[0]
 
         def keep(rows: slice) -> Tensor:
-            places = Scores(batch, heads, queries[rows], keys)
+            places = Scores(batch, heads, queries[rows], keys, call.sizes)
             return kept(call.dropout, call.seed, places).to(self.q.device, wide(self.q.dtype))
 
         return keep

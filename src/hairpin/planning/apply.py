@@ -26,7 +26,9 @@ from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.dropout import GlobalDropout
 from hairpin.planning.looped import attach_loops, detach_loops
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
+from hairpin.planning.routes import Route, route, unroute
 from hairpin.planning.seam import bind, manner, stream_name
+from hairpin.planning.sequence import SequencePlan
 
 
 @dataclass(eq=False)
@@ -198,13 +200,17 @@ class _AfterOwner(_Hook):
 
 def parallelize(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | SequencePlan,
     mesh: Mesh | DeviceMesh | None = None,
     *,
     other_lengths: bool = False,
     compile_bodies: bool = False,
+    way: Route | None = None,
 ) -> nn.Module:
     """Split ``model`` over the mesh as ``plan`` says, and give blocks their loops.
+
+    A sequence plan sends every attention of the model along that sequence over the ranks; it knows
+    its mesh.
 
     Returns the same model.
 
@@ -218,12 +224,16 @@ def parallelize(
             whose code does not branch on them.
         compile_bodies: hand the body of each loop to ``torch.compile`` (once, for any chunk size);
             what it then holds is no longer certified to the byte.
+        way: of a sequence plan: where a model that is not known is split and attends.
 
     Raises:
+        SequenceError: no attention of the model can be sent over the ranks.
         PlanError: the plan is for another model or another number of ranks, or the model already
             carries a plan.
         MeshError: the mesh lacks the plan's axis, or is only a description.
     """
+    if isinstance(plan, SequencePlan):
+        return route(model, plan, way)
     mesh = Mesh(**{plan.axis: 1}) if mesh is None else as_mesh(mesh)
     plan.require_model(model)
     require_bare(model)
@@ -283,8 +293,11 @@ def attach(model: nn.Module, attachment: Attachment) -> None:
         dropout.__dict__["forward"] = GlobalDropout(dropout, site, attachment)
 
 
-def detach(model: nn.Module) -> Plan | None:
+def detach(model: nn.Module) -> Plan | SequencePlan | None:
     """Take a plan off a model and return it; None if it carries none."""
+    sequence = unroute(model)
+    if sequence is not None:
+        return sequence
     plan = plan_of(model)
     for module in model.modules():
         registries: list[list[dict[int, Any]]] = [

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hairpin.comm.eager import eager
+from hairpin.kernels.random import uniform
 from hairpin.layout import Layout, Pattern, shard_offset, solve_sizes
 from hairpin.planning.attachment import Attachment
 from hairpin.planning.plan import DropoutSite
 
 Places = Mapping[str, tuple[int, int]]
-
-_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)  # splitmix64 (Steele et al. 2014)
-_GOLDEN = -7046029254386353131
 
 
 class GlobalDropout:
@@ -72,21 +70,7 @@ def drop(x: Tensor, probability: float, seed: int, layout: Layout, places: Place
             count = layout.local_sizes(places)[dim]
         step = torch.arange(start, start + count, dtype=torch.int64, device=x.device)
         index = index.unsqueeze(-1) * length + step
-    keep = (_uniform(index, seed) >= probability).reshape(x.shape)
+    keep = (uniform(index, seed) >= probability).reshape(x.shape)
     return torch.where(
         keep, x / (1.0 - probability), torch.zeros((), dtype=x.dtype, device=x.device)
     )
-
-
-def _uniform(index: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) for each index: the splitmix64 hash of seed and index, its top 24 bits."""
-    z = index * _GOLDEN + seed
-    z = (z ^ _shift(z, 30)) * _MULTIPLIERS[0]
-    z = (z ^ _shift(z, 27)) * _MULTIPLIERS[1]
-    z = z ^ _shift(z, 31)
-    return _shift(z, 40).to(torch.float32) / 2**24
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift right of a signed 64-bit integer."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,527 @@
+"""Sequence plans: batches cut, labels shifted, models of libraries routed without edits."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hairpin as hp
+from hairpin.comm.mesh import Mesh, init_mesh
+from hairpin.errors import SequenceError
+from hairpin.run.launch import launch
+
+WIDE = torch.float64
+METHODS = ("ring", "ulysses", "usp", "all_gather")
+
+
+def line(**degrees) -> Mesh:
+    return init_mesh(**(degrees or {"sp": int(os.environ["WORLD_SIZE"])}), timeout_s=60)
+
+
+# ------------------------------------------------------------------------------ batches and losses
+
+
+def a_plan(length=10, ranks=1, **options):
+    options.setdefault("mask", hp.Mask(causal=True))
+    return hp.plan_sequence(Mesh(sp=ranks), length=length, **options)
+
+
+def test_a_batch_is_cut_with_shifted_labels_and_positions():
+    documents = (4, 0, 1, 5)
+    plan = a_plan(mask=hp.Mask(causal=True, documents=documents))
+    tokens = torch.arange(10).expand(2, -1)
+    part = plan.shard({"input_ids": tokens, "labels": tokens})
+    assert part["input_ids"].tolist()[0] == list(range(10))
+    assert part["position_ids"].tolist()[1] == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4]
+    assert part["shift_labels"].tolist()[0] == [1, 2, 3, -100, -100, 6, 7, 8, 9, -100]
+    assert "labels" not in part
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_parts_of_all_ranks_are_the_whole(method):
+    plans = []
+    for rank in range(4):
+        plan = a_plan(13, ranks=4, method=method)
+        object.__setattr__(plan.split, "positions", plan.split.positions_of(rank))
+        plans.append(plan)
+    whole = torch.arange(13)[None]
+    parts = [plan.shard({"tokens": whole})["tokens"] for plan in plans]
+    assert sorted(torch.cat(parts, 1)[0].tolist()) == list(range(13))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({}, "needs one of input_ids"),
+        ({"input_ids": torch.zeros(1, 9)}, "length=9"),
+        ({"input_ids": torch.zeros(1, 10), "position_ids": torch.zeros(1, 10)}, "leave it out"),
+        ({"input_ids": torch.zeros(1, 10), "labels": torch.zeros(1, 9)}, "not shifted"),
+    ],
+)
+def test_batches_that_cannot_be_cut(batch, words):
+    with pytest.raises(SequenceError, match=words):
+        a_plan().shard(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "spiral"}, "write one of ring"),
+        ({"method": "ulysses", "heads_degree": 2, "ranks": 4}, "has heads_degree=4, got 2"),
+        ({"method": "usp", "heads_degree": 3, "ranks": 4}, "does not divide the 4 ranks"),
+        ({"method": "linear", "order": "zigzag"}, "leave order out"),
+        ({"mask": hp.Mask(documents=(1, 2))}, "have 3 positions together"),
+        ({"axis": "tp"}, "no axis 'tp'"),
+    ],
+)
+def test_plans_that_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        a_plan(**options)
+
+
+def test_a_plan_explains_itself():
+    text = a_plan(1000, ranks=8, method="usp", heads_degree=2).explain()
+    assert "4 ring places x 2 heads places" in text
+    assert "dealt zigzag: 125 to 125 positions a rank" in text
+
+
+def stream_on_ranks():
+    mesh, found = line(), []
+    whole = torch.randn(2, 11, 3, dtype=WIDE, generator=torch.Generator().manual_seed(0))
+    for method in METHODS:
+        plan = hp.plan_sequence(mesh, length=11, mask=hp.Mask(causal=True), method=method)
+        for grad in ("replicated", "partial"):
+            part = whole[:, plan.positions].clone().requires_grad_()
+            together = plan.gather(part, grad=grad)
+            weights = torch.arange(66, dtype=WIDE).view(2, 11, 3)
+            share = 1.0 if grad == "replicated" else mesh.global_rank + 1.0
+            (together * weights * share).sum().backward()
+            world = mesh.world
+            factor = world if grad == "replicated" else world * (world + 1) / 2
+            if not torch.equal(together, whole):
+                found.append(f"{method}: values")
+            if not torch.allclose(part.grad, weights[:, plan.positions] * factor):
+                found.append(f"{method} {grad}: gradient")
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_a_sequence_is_put_together(world):
+    for found in launch(stream_on_ranks, world):
+        assert found == []
+
+
+# ------------------------------------------------------------------------- models of transformers
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    model = make().to(WIDE)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **changes))
+
+
+def qwen3():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **window))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=24, n_layer=2, n_head=4, **drop))
+
+
+def esm2():
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"intermediate_size": 32, "position_embedding_type": "rotary", "pad_token_id": 1}
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return EsmForMaskedLM(EsmConfig(vocab_size=31, **sizes, **rest, **drop))
+
+
+LANGUAGE = {"llama": (llama, True), "qwen3": (qwen3, True), "gpt2": (gpt2, True)}
+LANGUAGE["esm2"] = (esm2, False)
+
+
+def loss_terms(logits, labels):
+    """Sum over the tokens that have a label, and how many they are."""
+    flat = labels.flatten()
+    return F.cross_entropy(logits.flatten(0, 1), flat, reduction="sum"), (flat != -100).sum()
+
+
+def tokens_of(length, batch=2):
+    made = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 31, (batch, length), generator=made)
+    labels = tokens.clone()
+    labels[:, : length // 2] = -100  # so that some ranks have no label at all
+    return {"input_ids": tokens, "labels": labels}
+
+
+def alone(model, batch, *, mask=None):
+    """Loss and gradients of one process, the model as its library runs it."""
+    extra = {} if mask is None else {"attention_mask": mask}
+    logits = model(input_ids=batch["input_ids"], **extra).logits
+    total, count = loss_terms(logits[:, :-1], batch["labels"][:, 1:])
+    loss = total / count
+    loss.backward()
+    return float(loss.detach()), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def split(model, batch, plan, *, mask=None):
+    """The same over the ranks of a plan."""
+    hp.parallelize(model, plan)
+    model.zero_grad()
+    whole = dict(batch) if mask is None else {**batch, "attention_mask": mask}
+    part = plan.shard(whole)
+    labels = part.pop("shift_labels")
+    cached = {} if "Esm" in type(model).__name__ else {"use_cache": False}
+    total, count = loss_terms(model(**part, **cached).logits, labels)
+    loss = plan.loss(total, count)
+    loss.backward()
+    hp.sync_grads(model, plan.split.mesh)
+    assert hp.detach(model) is plan
+    return float(loss.detach()), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def far(got, want, tolerance):
+    """Names of what differs, relative to the largest gradient."""
+    scale = max(float(g.abs().max()) for g in want[1].values())
+    found = [] if abs(got[0] - want[0]) <= tolerance * abs(want[0]) else ["loss"]
+    if set(got[1]) != set(want[1]):
+        found.append(f"parameters {set(got[1]) ^ set(want[1])}")
+    return found + [
+        n for n, g in want[1].items() if float((g - got[1][n]).abs().max()) > tolerance * scale
+    ]
+
+
+def language_on_ranks(names, methods):
+    mesh, found = line(), []
+    for name in names:
+        make, causal = LANGUAGE[name]
+        for padded in (False, True):
+            batch = tokens_of(15)
+            mask = None
+            if padded:
+                mask = torch.ones(2, 15, dtype=torch.long)
+                mask[1, 9:] = 0
+                batch["labels"][1, 9:] = -100
+            want = alone(seeded(make), batch, mask=mask)
+            for method in methods:
+                plan = hp.plan_sequence(mesh, length=15, mask=hp.Mask(causal=causal), method=method)
+                got = split(seeded(make), batch, plan, mask=mask)
+                found += [f"{name} {method} padded={padded}: {n}" for n in far(got, want, 1e-10)]
+    return found
+
+
+def transformers_here():
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_language_model_unedited_on_two_ranks(name):
+    transformers_here()
+    for found in launch(language_on_ranks, 2, [name], METHODS[:2]):
+        assert found == []
+
+
+def test_llama_and_esm_unedited_on_four_ranks():
+    transformers_here()
+    for found in launch(language_on_ranks, 4, ["llama", "esm2"], METHODS):
+        assert found == []
+
+
+def packed_on_ranks():
+    """Documents packed in one row: as each alone."""
+    mesh, found = line(), []
+    documents = (5, 1, 9)
+    tokens = tokens_of(15, batch=1)
+    tokens["labels"] = tokens["input_ids"].clone()
+    model = seeded(llama)
+    total, count = 0.0, 0
+    for ids in tokens["input_ids"].split(list(documents), 1):
+        one = loss_terms(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
+        total, count = total + one[0], count + one[1]
+    (total / count).backward()
+    want = float((total / count).detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+    for method in METHODS:
+        mask = hp.Mask(causal=True, documents=documents)
+        plan = hp.plan_sequence(mesh, length=15, mask=mask, method=method)
+        got = split(seeded(llama), tokens, plan)
+        found += [f"{method}: {n}" for n in far(got, want, 1e-10)]
+    return found
+
+
+def test_packed_documents_are_as_each_alone():
+    transformers_here()
+    for found in launch(packed_on_ranks, 3):
+        assert found == []
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"intermediate_size": 32, "image_size": 12, "patch_size": 4, "num_labels": 5}
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(ViTConfig(**sizes, **rest, **drop))
+
+
+def timm_vit():
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, embed_dim=24, depth=2, num_heads=4, num_classes=5
+    )
+
+
+def image_loss(model, images):
+    logits = model(images)
+    logits = getattr(logits, "logits", logits)
+    return F.cross_entropy(logits, torch.tensor([1, 3]))
+
+
+def images_on_ranks(name):
+    mesh, found = line(), []
+    make, side, length = {"vit": (vit, 12, 10), "timm": (timm_vit, 48, 10)}[name]
+    images = torch.randn(2, 3, side, side, dtype=WIDE, generator=torch.Generator().manual_seed(2))
+    model = seeded(make)
+    loss = image_loss(model, images)
+    loss.backward()
+    want = float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+    for method in METHODS:
+        model = seeded(make)
+        plan = hp.plan_sequence(mesh, length=length, mask=hp.Mask(), method=method)
+        hp.parallelize(model, plan)
+        loss = image_loss(model, images)
+        loss.backward()
+        hp.sync_grads(model, mesh)
+        got = float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+        found += [f"{name} {method}: {n}" for n in far(got, want, 1e-10)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_an_image_transformer_unedited_with_its_class_token(name):
+    """Ten positions, the class token among them, over three ranks."""
+    pytest.importorskip("transformers" if name == "vit" else "timm")
+    for found in launch(images_on_ranks, 3, name):
+        assert found == []
+
+
+def wan_on_ranks():
+    from diffusers import WanTransformer3DModel
+
+    def make():
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=8,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
+
+    made = torch.Generator().manual_seed(3)
+    args = {
+        "hidden_states": torch.randn(1, 4, 3, 6, 4, dtype=WIDE, generator=made),
+        "timestep": torch.tensor([7]),
+        "encoder_hidden_states": torch.randn(1, 6, 8, dtype=WIDE, generator=made),
+    }
+    mesh, found = line(), []
+    model = seeded(make)
+    whole = model(**args).sample
+    whole.square().mean().backward()
+    want = 1.0, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for method in METHODS:
+        model = seeded(make)
+        plan = hp.plan_sequence(mesh, length=18, mask=hp.Mask(), method=method)
+        hp.parallelize(model, plan)
+        out = model(**args).sample
+        out.square().mean().backward()
+        hp.sync_grads(model, mesh)
+        if not torch.allclose(out, whole, rtol=0, atol=1e-10):
+            found.append(f"{method}: output")
+        got = 1.0, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        # its norms and modulations are float32 whatever the model's dtype
+        found += [f"{method}: {n}" for n in far(got, want, 1e-6)]
+    return found
+
+
+def test_wan_unedited_with_its_rotary_embedding_and_text():
+    """Full attention over frames and patches; the text's cross-attention stays on every rank."""
+    pytest.importorskip("diffusers")
+    for found in launch(wan_on_ranks, 4):
+        assert found == []
+
+
+def trained(sp, steps, dtype):
+    """Losses of some steps of a small Llama on one mesh."""
+    mesh = line(dp=1, sp=sp)
+    model = seeded(llama).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plan = hp.plan_sequence(mesh, length=21, mask=hp.Mask(causal=True))
+    hp.parallelize(model, plan)
+    made = torch.Generator().manual_seed(4)
+    losses = []
+    for _ in range(steps):
+        tokens = torch.randint(0, 31, (2, 21), generator=made)
+        part = plan.shard({"input_ids": tokens, "labels": tokens})
+        labels = part.pop("shift_labels")
+        loss = plan.loss(*loss_terms(model(**part, use_cache=False).logits, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        hp.sync_grads(model, mesh)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(WIDE, 1e-10), (torch.float32, 1e-4)])
+def test_fifty_steps_are_the_same_on_one_two_and_four_ranks(dtype, tolerance):
+    transformers_here()
+    (one,) = launch(trained, 1, 1, 50, dtype)
+    for sp in (2, 4):
+        for losses in launch(trained, sp, sp, 50, dtype):
+            assert max(abs(a - b) / abs(a) for a, b in zip(one, losses, strict=True)) <= tolerance
+
+
+def dropping_on_ranks(recomputed):
+    """Dropout everywhere: in the attention and beside it, with and without recomputing."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make():
+        sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 2, "n_head": 4}
+        drop = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+        return GPT2LMHeadModel(GPT2Config(**sizes, **drop))
+
+    found = {}
+    for mesh in (Mesh(sp=1), line()):
+        model = seeded(make).train()
+        plan = hp.plan_sequence(mesh, length=15, mask=hp.Mask(causal=True))
+        hp.parallelize(model, plan)
+        part = plan.shard(tokens_of(15))
+        labels = part.pop("shift_labels")
+        torch.manual_seed(5)
+        options = {**part, "use_cache": False}
+        out = checkpoint(model, use_reentrant=False, **options) if recomputed else model(**options)
+        logits = out.logits
+        loss = plan.loss(*loss_terms(logits, labels))
+        loss.backward()
+        hp.sync_grads(model, mesh)
+        found[mesh.world] = float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}
+    one, many = found[1], found[mesh.world]
+    return far(many, one, 1e-10)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_dropout_in_a_model_is_the_same_on_any_number_of_ranks(recomputed):
+    transformers_here()
+    for found in launch(dropping_on_ranks, 3, recomputed):
+        assert found == []
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def test_a_model_whose_attention_cannot_be_routed_is_refused_by_name():
+    class Eager(nn.Module):
+        def forward(self, x):
+            return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+    with pytest.raises(SequenceError, match="no attention of this Eager can be routed"):
+        hp.parallelize(Eager(), a_plan())
+
+
+class Attends(nn.Module):
+    def __init__(self, fused=True):
+        super().__init__()
+        self.fused = fused
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.inner(x)[:, None]
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True)[:, 0] if self.fused else x
+
+
+def test_named_modules_are_watched_and_must_attend():
+    whole = Attends()
+    x = torch.randn(1, 10, 4)
+    want = whole(x)
+    model = nn.Sequential(copy.deepcopy(whole))
+    hp.parallelize(model, a_plan(), way=hp.Route(attention=("0",)))
+    torch.testing.assert_close(model(x), want)
+    hp.detach(model)
+    assert "forward" not in model[0].__dict__
+    model = nn.Sequential(Attends(fused=False))
+    hp.parallelize(model, a_plan(), way=hp.Route(attention=("0",)))
+    with pytest.raises(SequenceError, match="'0' did not call"):
+        model(x)
+
+
+def test_routes_that_name_nothing_leave_the_model_as_it_was():
+    model = nn.Sequential(Attends())
+    with pytest.raises(SequenceError, match="no module '1'"):
+        hp.parallelize(model, a_plan(), way=hp.Route(attention=("1",)))
+    with pytest.raises(SequenceError, match="no list of blocks at 'blocks'"):
+        hp.parallelize(model, a_plan(), way=hp.Route(attention=("0",), blocks="blocks"))
+    assert hp.detach(model) is None
+    assert "forward" not in model[0].__dict__
+
+
+def test_two_plans_on_one_model_are_refused():
+    model = nn.Sequential(Attends())
+    plan = a_plan()
+    hp.parallelize(model, plan, way=hp.Route(attention=("0",)))
+    with pytest.raises(SequenceError, match="already carries a sequence plan"):
+        hp.parallelize(model, plan, way=hp.Route(attention=("0",)))
+    assert hp.detach(model) is plan
+
+
+def test_a_detached_model_of_transformers_is_as_before():
+    transformers_here()
+    model = seeded(llama)
+    ids = tokens_of(15)["input_ids"]
+    want, before = model(input_ids=ids).logits, model.config._attn_implementation
+    hp.parallelize(model, a_plan(15))
+    assert model.config._attn_implementation == "hairpin"
+    hp.detach(model)
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(input_ids=ids).logits, want)
+
+
+def test_a_batch_that_was_not_cut_is_refused():
+    transformers_here()
+    model = seeded(llama)
+    hp.parallelize(model, a_plan(15))
+    with pytest.raises(SequenceError, match="holds 15 of 15 positions"):
+        model(input_ids=tokens_of(9)["input_ids"])
