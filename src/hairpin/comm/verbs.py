@@ -188,7 +188,7 @@ def all_reduce(
         linear = AllReduce(Link(mesh, axis))
         if is_replicated:
             linear = Replicated(linear, Scale(mesh.size(axis)))
-    return _apply(x, linear, wait=wait)
+    return apply(x, linear, wait=wait)
 
 
 def global_mean(total: Tensor, count: Tensor | float, mesh: Mesh | DeviceMesh) -> Tensor:
@@ -248,13 +248,7 @@ def move(
     """Check ``x`` against ``src``, then apply the map from ``src`` to ``dst``."""
     for axis in dict.fromkeys((*src.axes, *dst.axes)):
         mesh.size(axis)
-    expected = src.local_shape(mesh)
-    if tuple(x.shape) != expected:
-        where = ", ".join(f"rank {mesh.rank(a)} of {mesh.size(a)} on {a!r}" for a in mesh.axes)
-        raise LayoutError(
-            f"got a tensor of shape {tuple(x.shape)} where layout {src} has local shape {expected} "
-            f"({where}); pass the tensor that this layout describes, or correct the sizes"
-        )
+    check_shape(x, src, mesh)
     axis_moved = differing_axis(src, dst)
     if axis_moved is not None:
         mesh.group(axis_moved)
@@ -262,11 +256,28 @@ def move(
     if grad == "replicated" and axis_moved is not None and not isinstance(linear, Identity):
         link = Link(mesh, axis_moved)
         linear = Replicated(linear, Chain(Slice(dst, src, link), Scale(link.size)))
-    return _apply(x, linear, wait=wait)
+    return apply(x, linear, wait=wait)
+
+
+def check_shape(x: Tensor, layout: Layout, mesh: Mesh) -> None:
+    """Refuse a tensor that is not this rank's part of ``layout``.
+
+    Raises:
+        LayoutError: names both shapes and where this rank stands.
+    """
+    expected = layout.local_shape(mesh)
+    if tuple(x.shape) != expected:
+        where = ", ".join(f"rank {mesh.rank(a)} of {mesh.size(a)} on {a!r}" for a in mesh.axes)
+        raise LayoutError(
+            f"got a tensor of shape {tuple(x.shape)} where layout {layout} has local shape "
+            f"{expected} ({where}); pass the tensor that this layout describes, or correct the "
+            "sizes"
+        )
 
 
 @eager
-def _apply(x: Tensor, linear: LinearMap, *, wait: bool) -> Tensor | Pending:
+def apply(x: Tensor, linear: LinearMap, *, wait: bool) -> Tensor | Pending:
+    """A linear map as a differentiable step: its value, or a ``Pending`` of it."""
     if wait:
         return x if isinstance(linear, Identity) else cast(Tensor, _Apply.apply(x, linear))
     if isinstance(linear, Identity):
