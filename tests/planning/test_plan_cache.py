@@ -276,3 +276,34 @@ def test_the_name_is_the_same_in_another_process():
     }
     assert len(names) == 1
     assert "None" not in names.pop()
+
+
+class Pairs(nn.Module):
+    """Of pairs ``z[i, j, c]`` a result ``[c, j, i]``: may one be written where the other was?"""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(channels, 32), nn.Linear(32, channels)
+
+    def forward(self, z):
+        z = torch.tanh(z) * 2.0
+        return self.down(torch.relu(self.up(z))).permute(2, 1, 0).exp()
+
+
+def test_a_length_that_equals_a_width_stays_open(folder):
+    """Nothing in a search may take a length for the number that it is in the example."""
+    z = torch.randn(8, 8, 8)
+    model = Pairs().eval()
+    plan, _ = planned(model, z, memory=14_000)
+    assert plan.loops
+    for program in plan.programs.values():
+        given = [n.meta["val"] for n in program.traced.placeholders if n.meta["val"].dim() == 3]
+        assert all(str(x.shape[0]) != "8" and str(x.shape[2]) == "8" for x in given)
+    again, said = planned(model, z, memory=14_000)
+    assert said == ["from the cache"]
+    others = [torch.randn(n, n, 8) for n in (8, 13)]
+    with torch.no_grad():
+        want = [model(x) for x in others]
+        hp.parallelize(model, again)
+        for x, y in zip(others, want, strict=True):
+            torch.testing.assert_close(model(x), y, rtol=0, atol=1e-6)

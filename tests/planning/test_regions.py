@@ -96,6 +96,14 @@ def test_every_region_around_one_operation_computes_the_same(name):
     assert tried.runs > 20
 
 
+def test_an_einsum_of_one_tensor_is_no_product():
+    """It turns dims around; there is no second factor whose shape could count."""
+    model = Calls(lambda _, x: torch.einsum("bic->cib", torch.tanh(x)).exp())
+    tried = try_regions(model, (torch.randn(2, 7, 12, dtype=WIDE),), others=[], most=15)
+    assert tried.faults == []
+    assert tried.runs > 5
+
+
 class Merged(nn.Module):
     """Views that merge and part dims, and parts that are equally long in the example alone."""
 

@@ -15,8 +15,9 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+
+from hairpin.graph.lengths import alike, proved
 
 aten = torch.ops.aten
 
@@ -73,20 +74,8 @@ def holds_number(value: Value | None, number: float) -> bool:
     return is_constant(value) and isinstance(value, Affine) and value.start == number
 
 
-def proved(condition: Any) -> bool:
-    """Whether it holds for all lengths that the symbols allow; adds no guard."""
-    return bool(statically_known_true(condition))
-
-
 def _is_integral(value: Affine) -> bool:
     return isinstance(value.start, (int, SymInt))
-
-
-def alike(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    """Two shapes, or strides, are equal for all lengths."""
-    return len(left) == len(right) and all(
-        a is b or proved(a == b) for a, b in zip(left, right, strict=True)
-    )
 
 
 def _lowest(value: Affine, shape: Sequence[Any]) -> Any:

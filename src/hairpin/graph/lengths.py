@@ -5,6 +5,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def hint(size: Any) -> int:
@@ -32,6 +33,18 @@ def symbol(size: Any) -> Any:
 def is_open(size: Any) -> bool:
     """Whether a size depends on lengths that a trace left open."""
     return isinstance(size, torch.SymInt)
+
+
+def proved(condition: Any) -> bool:
+    """Whether it holds for all lengths that the symbols allow; adds no guard."""
+    return bool(statically_known_true(condition))
+
+
+def alike(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Two shapes, or strides, are equal for all lengths."""
+    return len(left) == len(right) and all(
+        a is b or proved(a == b) for a, b in zip(left, right, strict=True)
+    )
 
 
 def compiled(sizes: Sequence[Any]) -> Callable[[Mapping[Any, int]], list[int]]:

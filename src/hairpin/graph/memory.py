@@ -20,7 +20,7 @@ from hairpin.graph.axes import Axis, Operation, Span, axes, operation
 from hairpin.graph.export import shape_of
 from hairpin.graph.halo import halo_axes
 from hairpin.graph.leaf import run_block
-from hairpin.graph.lengths import compiled, hint, hints, is_open
+from hairpin.graph.lengths import alike, compiled, hint, hints, is_open
 from hairpin.graph.meter import Meter
 
 END = 1 << 30  # a time after every step: outputs are needed then
@@ -278,8 +278,8 @@ def same_layout(operand: fx.Node, result: fx.Node) -> bool:
         return False
     return bool(
         mine.dtype == theirs.dtype
-        and mine.shape == theirs.shape
-        and mine.stride() == theirs.stride()
+        and alike(mine.shape, theirs.shape)
+        and alike(mine.stride(), theirs.stride())
     )
 
 

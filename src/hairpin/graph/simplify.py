@@ -24,16 +24,15 @@ from hairpin.graph.known import (
     Affine,
     Choice,
     Known,
-    alike,
     argument,
     holds_number,
     is_constant,
     is_pointwise,
     name_of,
-    proved,
     result_of,
     table,
 )
+from hairpin.graph.lengths import alike, proved
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from hairpin.graph.lengths import hints
+from hairpin.graph.lengths import alike, hints
 
 Layout = Callable[[Any, Tensor], Tensor]
 
@@ -57,7 +57,7 @@ def _viewed(args: Any, out: Tensor) -> Tensor:
 def _with_number(args: Any, out: Tensor) -> Tensor:
     """An operand of another shape keeps TensorIterator off its fast path: strides are kept."""
     x, *others = args
-    if not isinstance(x, Tensor) or not others or x.shape != out.shape:
+    if not isinstance(x, Tensor) or not others or not alike(x.shape, out.shape):
         return out
     if any(isinstance(y, Tensor) and y.dim() for y in others):
         return out

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from hairpin.graph.lengths import alike
 from hairpin.planning.masks import keyed_dropout
 
 _PRODUCTS = frozenset({torch.ops.aten.linear.default, torch.ops.aten.addmm.default})
@@ -126,7 +127,7 @@ def _is_batched(node: fx.Node) -> bool:
     left, right = (x.meta.get("val") for x in node.args)  # type: ignore[union-attr]
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() < 3:
         return False
-    return left.dim() == right.dim() and left.shape[:-2] == right.shape[:-2]
+    return alike(left.shape[:-2], right.shape[:-2])
 
 
 def _only_weight(node: fx.Node) -> bool:

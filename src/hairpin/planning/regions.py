@@ -15,6 +15,7 @@ from torch import fx
 
 from hairpin.graph.axes import Axis, Span
 from hairpin.graph.halo import NO_HALO, Halo, asked, halo_for, has_halo, is_statistical, is_windowed
+from hairpin.graph.lengths import alike
 from hairpin.graph.memory import Flow, Step, may_alias
 
 CACHED_BYTES = 2 * 2**20  # what a turn holds below this is still in the cache when it is read
@@ -679,8 +680,8 @@ def fits(state: Walk, source: Step, out: Step) -> bool:
     return bool(
         span == Span(target.dim, target.unit * scale)
         and mine.dtype == theirs.dtype
-        and mine.shape == theirs.shape
-        and mine.stride() == theirs.stride()
+        and alike(mine.shape, theirs.shape)
+        and alike(mine.stride(), theirs.stride())
         and source.nbytes == out.nbytes
     )
 
