@@ -21,6 +21,7 @@ from hairpin.cli import (
     show,
     train,
     train_fold,
+    train_sequence,
     verify,
 )
 from hairpin.cli.output import print_text, say
@@ -39,6 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 train.app.command("fold")(train_fold.fold)
+train.app.command("llm")(train_sequence.llm)
+train.app.command("linear-llm")(train_sequence.linear_llm)
+train.app.command("vit")(train_sequence.vit)
 app.add_typer(train.app, name="train")
 app.command("sample")(sample.sample)
 app.command("doctor")(doctor.doctor)

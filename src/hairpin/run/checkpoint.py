@@ -184,14 +184,18 @@ def read_info(path: Path) -> CheckpointInfo:
     return info
 
 
-def load(path: Path, state: TrainState) -> None:
+def load(path: Path, state: TrainState, *, part: bool = False) -> None:
     """Fill ``state`` from a checkpoint, whatever number of ranks wrote it.
+
+    Args:
+        part: ``state`` is of a part of the model, such as a stage of a pipeline.
 
     Raises:
         CheckpointError: it is damaged or belongs to another model.
     """
     read_info(path)
-    require_model(path, state.model)
+    if not part:
+        require_model(path, state.model)
     tensors = _tensors(state)
     _read(tensors, path)
     groups = get_state_dict(state.model, state.optimizer)[1]["param_groups"]

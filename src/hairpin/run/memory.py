@@ -85,13 +85,19 @@ def measured(device: torch.device) -> Iterator[Peak]:
 
 
 def require_budget(
-    peak_bytes: list[int], budget_bytes: int | None, *, batch_size: int, ranks: int
+    peak_bytes: list[int],
+    budget_bytes: int | None,
+    *,
+    batch_size: int,
+    ranks: int,
+    what: str = "clips",
 ) -> None:
     """Raise where a rank needs more memory than it may use.
 
     Args:
         peak_bytes: measured peak of each rank.
         budget_bytes: what each may use; None for no limit.
+        what: name of the things that a batch counts.
 
     Raises:
         MemoryBudgetError: with both figures and what to change.
@@ -102,7 +108,7 @@ def require_budget(
     raise MemoryBudgetError(
         f"a training step needs {format_bytes(peak_bytes[rank])} on rank {rank}, more than the "
         f"{format_bytes(budget_bytes)} that --memory allows; use more ranks than {ranks}, a batch "
-        f"smaller than {batch_size} clips, or a larger budget"
+        f"smaller than {batch_size} {what}, or a larger budget"
     )
 
 

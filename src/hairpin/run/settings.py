@@ -10,7 +10,8 @@ Recipe = TypeVar("Recipe")
 
 # Settings that change neither the weights nor the loss curve: a resumed run may have others.
 FREE_SETTINGS = (
-    "name", "checkpoint_every", "validate_every", "sample_steps", "frames_per_pass", "guidance"
+    "name", "checkpoint_every", "validate_every", "validation_examples", "sample_steps",
+    "frames_per_pass", "guidance",
 )  # fmt: skip
 
 

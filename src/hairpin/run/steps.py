@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from hairpin.comm.mesh import Mesh
 from hairpin.errors import CheckpointError, NumericsError, RecipeError
 from hairpin.run import checkpoint, metrics, settings
+from hairpin.run.device import device_of
 from hairpin.run.recipes.schedule import Schedule
 
 
@@ -48,18 +52,34 @@ def save(
 def held_bytes(model: nn.Module) -> int:
     """What training holds beside activations and gradients.
 
-    Weights, their average and AdamW's two moments.
+    Weights, their average and AdamW's two moments; of a sharded weight what this rank has.
     """
-    return 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return 4 * sum(p.numel() * p.element_size() for p in local)
 
 
-def update(state: checkpoint.TrainState, recipe: Schedule, step: int, loss: float) -> float:
+def update(
+    state: checkpoint.TrainState,
+    recipe: Schedule,
+    step: int,
+    loss: float,
+    *,
+    norm: Tensor | None = None,
+) -> float:
     """Clip, move the weights and their average; returns the norm before clipping.
+
+    Args:
+        norm: that of all gradients, where this rank has only a part of them.
 
     Raises:
         NumericsError: the loss or a gradient is not finite; nothing has moved.
     """
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+    if norm is None:
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(
+            state.model.parameters(), recipe.clip_norm, norm, foreach=False
+        )
     _require_finite(step, loss, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(step)
@@ -70,6 +90,16 @@ def update(state: checkpoint.TrainState, recipe: Schedule, step: int, loss: floa
         for name, parameter in state.model.named_parameters():
             state.ema[name].lerp_(parameter, 1 - keep)
     return norm.item()
+
+
+def over_ranks(mesh: Mesh, *figures: int) -> list[tuple[int, ...]]:
+    """These whole numbers of every rank, by rank."""
+    mine = torch.tensor(figures, device=device_of(mesh))
+    if mesh.world == 1:
+        return [figures]
+    all_ = [torch.empty_like(mine) for _ in range(mesh.world)]
+    dist.all_gather(all_, mine)
+    return [tuple(theirs.tolist()) for theirs in all_]
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

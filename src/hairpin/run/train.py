@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from hairpin.comm.agree import require_agreement
 from hairpin.comm.grads import sync_grads
@@ -34,6 +33,7 @@ from hairpin.run.steps import (
     load,
     new_state,
     open_log,
+    over_ranks,
     require_work,
     save,
     seed_dropout,
@@ -179,9 +179,9 @@ class _Run:
         if self.peak_bytes is None:
             loss, peak_bytes = self._measured_backward(step)
         else:
-            loss, peak_bytes = self._backward(step), None
-        bytes_sent, peaks = self._over_ranks(mesh.traffic.since(sent).bytes_sent, peak_bytes)
-        self.peak_bytes = peaks = peaks if self.peak_bytes is None else self.peak_bytes
+            loss, peak_bytes = self._backward(step), 0
+        figures = over_ranks(mesh, mesh.traffic.since(sent).bytes_sent, peak_bytes)
+        self.peak_bytes = peaks = self.peak_bytes or [peak for _, peak in figures]
         require_budget(peaks, budget_bytes, batch_size=recipe.batch_size, ranks=mesh.world)
         norm = update(self.state, recipe, step, loss)
         time_s = time.perf_counter() - start_s
@@ -191,7 +191,7 @@ class _Run:
             lr=recipe.learning_rate(step),
             grad_norm=norm,
             samples_per_s=recipe.batch_size / time_s,
-            bytes_sent=bytes_sent,
+            bytes_sent=[sent_bytes for sent_bytes, _ in figures],
             peak_memory_bytes=peaks,
             time_s=time_s,
         )
@@ -224,13 +224,3 @@ class _Run:
         loss.backward()
         sync_grads(self.model, mesh)
         return loss.item()
-
-    def _over_ranks(self, bytes_sent: int, peak_bytes: int | None) -> tuple[list[int], list[int]]:
-        """These two figures of every rank."""
-        mine = torch.tensor([bytes_sent, peak_bytes or 0], device=self.device)
-        if self.mesh.world == 1:
-            return [bytes_sent], [peak_bytes or 0]
-        all_ = [torch.empty_like(mine) for _ in range(self.mesh.world)]
-        dist.all_gather(all_, mine)
-        sent, peaks = zip(*(pair.tolist() for pair in all_), strict=True)
-        return list(sent), list(peaks)
