@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hairpin.attention.api import attention
+    from hairpin.attention.linear import linear_attention
     from hairpin.attention.mask import Mask
     from hairpin.attention.order import Order
     from hairpin.attention.split import SequenceSplit
     from hairpin.comm.grads import sync_grads
+    from hairpin.comm.halo import halo
     from hairpin.comm.mesh import Mesh, init_mesh
     from hairpin.comm.pending import Pending
     from hairpin.comm.verbs import (
@@ -52,7 +54,9 @@ _HOMES = {
     "estimate": "hairpin.planning.fitted",
     "gather": "hairpin.comm.verbs",
     "global_mean": "hairpin.comm.verbs",
+    "halo": "hairpin.comm.halo",
     "init_mesh": "hairpin.comm.mesh",
+    "linear_attention": "hairpin.attention.linear",
     "parallelize": "hairpin.planning.apply",
     "plan": "hairpin.planning.make",
     "plan_of": "hairpin.planning.apply",
@@ -83,7 +87,9 @@ __all__ = [
     "estimate",
     "gather",
     "global_mean",
+    "halo",
     "init_mesh",
+    "linear_attention",
     "parallelize",
     "plan",
     "plan_of",

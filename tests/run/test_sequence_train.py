@@ -258,7 +258,6 @@ def test_degrees_take_the_ranks_there_are():
 @pytest.mark.parametrize(
     ("degrees", "microbatches", "way", "message"),
     [
-        (Degrees(sp=2), 1, "fsdp", "sp=2 would split each sequence over 2 ranks"),
         (Degrees(tp=4), 1, "fsdp", "tp=4 does not divide kv_heads=2 of the model"),
         (Degrees(pp=3), 3, "fsdp", "pp=3 stages need a layer each and the model has 2"),
         (Degrees(pp=2), 1, "fsdp", "microbatches=1 leave stages of pp=2 idle"),

@@ -24,6 +24,10 @@ Ranks = Annotated[
 Dp = Annotated[
     int, typer.Option(min=1, help="Groups of ranks that share out examples; the rest split them.")
 ]
+Method = Annotated[
+    str | None,
+    typer.Option(help="How attention crosses the ranks of a sequence: ring, ulysses, usp, ..."),
+]
 Memory = Annotated[
     str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
 ]
@@ -52,6 +56,7 @@ def llm(
     microbatches: Annotated[
         int | None, typer.Option(min=1, help="Parts of a batch in a pipeline; default as --pp.")
     ] = None,
+    method: Method = None,
     length: Length = None,
     memory: Memory = None,
     steps: train.Steps = None,
@@ -78,7 +83,12 @@ def llm(
             "validate_every": validate_every,
         },
         degrees={"ranks": ranks, "dp": dp, "sp": sp, "tp": tp, "pp": pp},
-        options={"memory": memory, "data_parallel": data_parallel, "microbatches": microbatches},
+        options={
+            "memory": memory,
+            "data_parallel": data_parallel,
+            "method": method,
+            "microbatches": microbatches,
+        },
         steps=steps,
         resume=resume,
         fallback=fallback,
@@ -139,6 +149,7 @@ def vit(
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of an image's side; of photos alone.")
     ] = None,
+    method: Method = None,
     memory: Memory = None,
     steps: train.Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, over all ranks.")] = None,
@@ -165,7 +176,7 @@ def vit(
             "validate_every": validate_every,
         },
         degrees={"ranks": ranks, "dp": dp},
-        options={"memory": memory},
+        options={"memory": memory, "method": method},
         steps=steps,
         resume=resume,
         fallback=fallback,
@@ -219,7 +230,8 @@ def prepare(
     out: Path | None,
 ) -> "SequenceJob":
     """Everything that can be wrong is found here, before ranks start and a step is spent."""
-    from hairpin.run.sequence import SequenceJob, degrees_of, require_possible
+    from hairpin.comm.mesh import Mesh
+    from hairpin.run.sequence import SequenceJob, degrees_of, require_possible, sequence_plan
     from hairpin.units import parse_bytes
 
     wanted = _rank_count(degrees.pop("ranks"), degrees)
@@ -237,6 +249,8 @@ def prepare(
         steps=steps,
         saved=start.recipe,
     )
+    if shared.sp > 1:
+        sequence_plan(recipe, Mesh(dp=shared.dp, sp=shared.sp), method=options.get("method"))
     require_possible(
         recipe,
         shared,

@@ -7,10 +7,11 @@ Dims: b batch, h heads, g key/value heads (h is a multiple of g), q queries, k k
 d channels of a head's query and key, e channels of a head's value.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hairpin.kernels.linear_attention import linear_attention
 
 
 class SoftmaxAttention(nn.Module):
@@ -54,11 +55,4 @@ class GatedLinearAttention(nn.Module):
         log_decay: Float[Tensor, "b h s d"],
     ) -> Float[Tensor, "b h s e"]:
         """The outputs in the order of the positions; `log_decay` is 0 or less."""
-        decay = log_decay.exp()
-        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])  # [b, h, d, e]
-        out = []
-        for t in range(q.shape[2]):
-            new = k[:, :, t, :, None] * v[:, :, t, None, :]
-            state = torch.addcmul(new, decay[:, :, t, :, None], state)
-            out.append(q[:, :, t, None, :] @ state)  # [b, h, 1, e]
-        return torch.cat(out, dim=2) if out else torch.zeros_like(v)
+        return linear_attention(q, k, v, log_decay)[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hairpin.attention.api import attention
+from hairpin.attention.linear import linear_attention
 from hairpin.attention.mask import Mask
 from hairpin.attention.order import Kind, Order
 from hairpin.attention.split import Schedule, SequenceSplit
@@ -96,8 +97,18 @@ class SequencePlan:
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
     ) -> Tensor:
-        """Causal linear attention under this plan; the parts must be contiguous."""
-        raise NotImplementedError
+        """:func:`hairpin.linear_attention` under this plan, whose parts must be contiguous."""
+        return linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            mesh=self.split.mesh,
+            axis=self.split.axis,
+            causal=self.mask.causal,
+            documents=self.mask.documents,
+            length=self.length,
+        )
 
     def loss(self, total: Tensor, count: Tensor | float) -> Tensor:
         """The loss over all valid tokens from this rank's sum and count, equal on every rank.

@@ -2,13 +2,23 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import cast
 
+from torch import Tensor, nn
+
+from hairpin.attention.mask import Mask
+from hairpin.attention.stream import take
 from hairpin.comm.mesh import Mesh, as_mesh, init_mesh
-from hairpin.errors import MeshError
+from hairpin.errors import MeshError, SequenceError
+from hairpin.models.vit.model import patches_along
+from hairpin.planning.apply import parallelize
+from hairpin.planning.sequence import Method, SequencePlan, plan_sequence
+from hairpin.run.data.text import TokenBatch
 from hairpin.run.four_d import FourD, require_data_parallel, require_divisible
 from hairpin.run.progress import StepProgress
-from hairpin.run.recipes import LLMRecipe, SequenceRecipe
+from hairpin.run.recipes import LinearLLMRecipe, LLMRecipe, SequenceRecipe, ViTRecipe
 from hairpin.run.sequence_train import (
     Program,
     SequenceTrainResult,
@@ -50,7 +60,8 @@ class SequenceJob:
 
     `data_parallel` is the part of torch that keeps the copies of the model over `dp` alike,
     `"fsdp"` or `"ddp"`. By default it is the first where layers or weights are shared out, and else
-    none, for gradients are averaged after the backward. `microbatches` is how many parts a pipeline
+    none, for gradients are averaged after the backward. `method` is how attention crosses `sp`, as
+    for :func:`hairpin.plan_sequence`. `microbatches` is how many parts a pipeline
     cuts a batch into.
     """
 
@@ -58,6 +69,7 @@ class SequenceJob:
     out_dir: Path
     degrees: Degrees
     data_parallel: str | None = None
+    method: str | None = None
     microbatches: int = 1
     resume: Path | None = None
     first_step: int = 0
@@ -100,12 +112,6 @@ def require_possible(
     Raises:
         MeshError: naming the degree and what it has to fit.
     """
-    if degrees.sp > 1:
-        raise MeshError(
-            f"sp={degrees.sp} would split each sequence over {degrees.sp} ranks, which this "
-            f"training cannot do yet; let the ranks share out examples (--dp {degrees.ranks}), or "
-            f"for llm layers (--pp) and weights (--tp)"
-        )
     if data_parallel is not None:
         require_data_parallel(data_parallel, dp=degrees.dp, tp=degrees.tp)
     if degrees.tp * degrees.pp == 1:
@@ -155,22 +161,76 @@ def mesh_of(job: SequenceJob) -> Mesh:
 def make_program(job: SequenceJob, mesh: Mesh) -> Program:
     """What a step does on this mesh."""
     if not job.by_torch:
-        return WholeModel(job.recipe, mesh, make_split(mesh))
+        return WholeModel(job.recipe, mesh, make_split(job, mesh))
     assert isinstance(job.recipe, LLMRecipe)
     return FourD(
         job.recipe,
         mesh,
-        make_split(as_mesh(mesh.device_mesh["dp", "sp"])),
+        make_split(job, as_mesh(mesh.device_mesh["dp", "sp"])),
         data_parallel=job.data_parallel or "fsdp",
         microbatches=job.microbatches,
     )
 
 
-def make_split(mesh: Mesh) -> Split:
+def make_split(job: SequenceJob, mesh: Mesh) -> Split:
     """How sequences are split.
 
     Args:
         mesh: the axes `dp`, over which ranks have other sequences, and `sp`, over which they share
             each.
     """
-    return WholeSequences(mesh)
+    if mesh.size("sp") == 1:
+        return WholeSequences(mesh)
+    return SplitSequences(sequence_plan(job.recipe, mesh, method=job.method))
+
+
+def sequence_plan(recipe: SequenceRecipe, mesh: Mesh, *, method: str | None) -> SequencePlan:
+    """The plan of a recipe's sequences over the axis `sp`.
+
+    Raises:
+        SequenceError: a method that does not exist or that the model cannot use.
+    """
+    usual = "linear" if isinstance(recipe, LinearLLMRecipe) else "ring"
+    chosen = cast("Method", usual if method is None else method)
+    if (chosen == "linear") != (usual == "linear"):
+        raise SequenceError(
+            f"method {chosen!r} does not fit this model; "
+            + ("it has linear attention: leave --method out" if usual == "linear" else "use 'ring'")
+        )
+    return plan_sequence(
+        mesh,
+        length=_positions(recipe),
+        mask=Mask(causal=not isinstance(recipe, ViTRecipe)),
+        method=chosen,
+    )
+
+
+def _positions(recipe: SequenceRecipe) -> int:
+    """Positions of a sequence: tokens of a row, or patches of an image and the class token."""
+    if isinstance(recipe, ViTRecipe):
+        return prod(patches_along((recipe.size, recipe.size), recipe.model.patch)) + 1
+    assert isinstance(recipe, LLMRecipe | LinearLLMRecipe)
+    return recipe.length
+
+
+@dataclass(frozen=True)
+class SplitSequences:
+    """The ranks of `sp` share each sequence as a plan says."""
+
+    plan: SequencePlan
+
+    def attach(self, model: nn.Module) -> None:
+        """Route the model's attention over the ranks."""
+        parallelize(model, self.plan)
+
+    def shard(self, batch: TokenBatch) -> TokenBatch:
+        """This rank's positions of every row."""
+        tokens, labels, positions = (
+            take(x, self.plan.split, 1) for x in (batch.tokens, batch.labels, batch.positions)
+        )
+        return batch._replace(tokens=tokens, labels=labels, positions=positions)
+
+    def loss(self, total: Tensor, count: Tensor) -> Tensor:
+        """The mean over the tokens of all ranks."""
+        return self.plan.loss(total, count)
+
