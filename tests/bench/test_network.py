@@ -150,3 +150,54 @@ def test_a_missing_tool_is_named(monkeypatch):
 def test_another_system_is_named(monkeypatch):
     monkeypatch.setattr(network.sys, "platform", "darwin")
     assert "need Linux" in network.why_not()
+
+
+def cross_and_stay(wire: Network) -> tuple[float, float, tuple[int, ...], tuple[int, ...]]:
+    """Times of a swap inside the host and one across hosts, and what each sent up its uplink."""
+    mesh = join(wire)
+    link = Link(mesh, "sp")
+
+    def swap(peer: int) -> None:
+        empty = torch.empty(0, dtype=torch.uint8)
+        sends, receives = ([empty] * link.size for _ in range(2))
+        sends[peer] = torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
+        receives[peer] = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        link.exchange(sends, receives, what="test")()
+
+    times_s, counts = [], []
+    for peer in (link.rank ^ 1, (link.rank + 2) % 4):
+        before = wire.uplink_bytes_sent()
+        times_s.append(sample(lambda peer=peer: swap(peer), mesh, wire).time_s)
+        counts.append(tuple(b - a for a, b in zip(before, wire.uplink_bytes_sent(), strict=True)))
+    return *times_s, *counts
+
+
+@pytest.mark.root
+def test_ranks_of_a_host_share_its_uplink_and_only_what_crosses_is_counted():
+    crossing_s = 2 * CHUNK_BYTES * 8 / RATE_BITS_PER_S
+    with Network(4, rate_bits_per_s=RATE_BITS_PER_S, hosts=2) as wire:
+        assert [wire.host_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+        ranks = launch(cross_and_stay, 4, wire, timeout_s=60)
+    assert max(rank[0] for rank in ranks) < 0.7 * crossing_s
+    slowest_s = max(rank[1] for rank in ranks)
+    assert slowest_s > 0.9 * crossing_s, "the two ranks of a host had more than one link"
+    for _, _, stayed, crossed in ranks:
+        for few, many in zip(stayed, crossed, strict=True):
+            assert few < 0.1 * CHUNK_BYTES
+            assert 2 * CHUNK_BYTES < many < 2.1 * CHUNK_BYTES
+
+
+@pytest.mark.root
+def test_links_inside_a_host_can_be_limited():
+    ideal_s = CHUNK_BYTES * 8 / RATE_BITS_PER_S
+    with Network(4, hosts=2, inner_rate_bits_per_s=RATE_BITS_PER_S) as wire:
+        for inside_s, _, _, _ in launch(cross_and_stay, 4, wire, timeout_s=60):
+            assert inside_s > 0.9 * ideal_s
+
+
+@pytest.mark.root
+def test_refuses_hosts_that_cannot_be():
+    with pytest.raises(NetworkError, match="4 ranks stand on 1 to 4 hosts, got hosts=5"):
+        Network(4, hosts=5)
+    with pytest.raises(NetworkError, match="give hosts"):
+        Network(4, inner_rate_bits_per_s=1e9)

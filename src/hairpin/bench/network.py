@@ -13,12 +13,18 @@ Every rank has a full-duplex link of ``rate_bits_per_s``: a token bucket (``tc t
 leaves the rank at the rank's end and what reaches it at the hub's end. Only bandwidth is emulated,
 not latency: ``netem`` is missing from many kernels.
 
+With ``hosts`` there are two tiers. Ranks of a host are joined by its own bridge, over links that
+are not limited or fast; one limited link, which they share, joins each host to the hub::
+
+      rank 0   rank 1        rank 2   rank 3
+         |        |             |        |       rate: inner_rate_bits_per_s, or none
+       [=== host0 ===]        [=== host1 ===]    a bridge each
+               | up0                 | up1       rate: rate_bits_per_s, each way
+               +--------[ hub ]------+
+
 The namespaces have no names. They live as long as a process holds their file descriptors or runs
 inside them, so nothing is left behind, not even by SIGKILL, and the machine's own interfaces,
 addresses and routes are never touched.
-
-Two tiers (fast links in a host, slow ones between) would be one more bridge per host, joined to the
-hub by a limited pair; ranks would still only know :meth:`Network.enter`.
 """
 
 import ctypes
@@ -34,6 +40,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from hairpin.errors import HairpinError
+from hairpin.layout import shard_sizes
 
 _CLONE_NEWNET = 0x40000000
 _LINK = "wire0"  # name of every rank's interface, inside its own namespace
@@ -41,6 +48,7 @@ _SUBNET = "10.77.0"  # exists only inside the namespaces made here
 _MTU_BYTES = 9000
 _PACKET_BYTES = 32768  # largest packet handed to a link, and the token bucket's depth
 _QUEUE_BYTES = 1 << 25  # deep enough that nothing is dropped: TCP's windows are smaller
+_WINDOW_BYTES = 1 << 17  # that a rank of a host may have on the way to another
 _MAX_RANKS = 250
 
 
@@ -62,6 +70,10 @@ class Wire(Protocol):
         """Bytes the caller's link has carried away so far, headers included; None if unknown."""
         ...
 
+    def uplink_bytes_sent(self) -> tuple[int, ...] | None:
+        """Bytes that have left each host so far, headers included; None if there are no hosts."""
+        ...
+
     def close(self) -> None:
         """Take everything down."""
         ...
@@ -74,20 +86,35 @@ class Network:
 
     Args:
         ranks: how many ends.
-        rate_bits_per_s: limit on each rank's sending and, separately, receiving; None: no limit.
+        rate_bits_per_s: limit on sending and, separately, receiving, of each rank or, with
+            ``hosts``, of each host; None: no limit.
+        hosts: None for one tier; else the ranks stand on so many hosts, neighbours together, the
+            first hosts with one more where they do not divide.
+        inner_rate_bits_per_s: with ``hosts``, limit of each rank's own link; None: no limit.
 
     Raises:
-        NetworkError: not on Linux, not allowed, ``ip`` or ``tc`` is missing or too old.
+        NetworkError: not on Linux, not allowed, ``ip`` or ``tc`` is missing or too old, or there
+            are more hosts than ranks.
     """
 
-    def __init__(self, ranks: int, *, rate_bits_per_s: float | None = None) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        *,
+        rate_bits_per_s: float | None = None,
+        hosts: int | None = None,
+        inner_rate_bits_per_s: float | None = None,
+    ) -> None:
         obstacle = why_not()
         if obstacle is not None:
             raise NetworkError(f"cannot emulate a network: {obstacle}")
         if not 1 <= ranks <= _MAX_RANKS:
             raise NetworkError(f"an emulated network has 1 to {_MAX_RANKS} ranks, got {ranks}")
+        _check_hosts(ranks, hosts, inner_rate_bits_per_s)
         self.ranks = ranks
         self.rate_bits_per_s = rate_bits_per_s
+        self.hosts = hosts
+        self.inner_rate_bits_per_s = inner_rate_bits_per_s
         self.note = "ranks in network namespaces, bytes counted by their interfaces"
         self._home = _current_namespace()
         self._hub = -1
@@ -116,6 +143,25 @@ class Network:
         """Bytes the caller's link has carried away so far, all headers included."""
         return _transmitted_bytes(_LINK)
 
+    def uplink_bytes_sent(self) -> tuple[int, ...] | None:
+        """Bytes that have left each host over its uplink so far; None where there is one tier."""
+        if self.hosts is None:
+            return None
+        counts: list[int] = []
+
+        def read() -> None:  # in a thread of its own, so that the caller stays where it is
+            _set_namespace(self._hub)
+            counts.extend(_transmitted_bytes(_uplink(host)) for host in range(self.hosts or 0))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        return tuple(counts)
+
+    def host_of(self, rank: int) -> int | None:
+        """The host that ``rank`` stands on; None where there is one tier."""
+        return None if self.hosts is None else _host_of(self.ranks, self.hosts)[rank]
+
     def close(self) -> None:
         """Let go of the namespaces; the kernel removes them with the last rank inside."""
         for descriptor in (self._hub, *self._ends, self._home):
@@ -138,32 +184,42 @@ class Network:
         with self._inside(self._hub):
             _run("ip link add hub type bridge")
             _run("ip link set hub up addrgenmode none")
+            for host in range(self.hosts or 0):
+                self._join_host(host)
         for rank in range(self.ranks):
             end = self._new_namespace()
             self._ends.append(end)
             self._join(rank, end)
 
+    def _join_host(self, host: int) -> None:
+        """A bridge for the host and the one link from it to the hub; inside the hub's namespace."""
+        bridge, up, down = f"host{host}", _uplink(host), f"down{host}"
+        size = f"mtu {_MTU_BYTES} gso_max_size {_PACKET_BYTES}"
+        _run(f"ip link add {bridge} type bridge")
+        _run(f"ip link set {bridge} up addrgenmode none")
+        _run(f"ip link add {up} {size} type veth peer name {down} {size}")
+        for device, master in ((up, bridge), (down, "hub")):
+            _run(f"ip link set dev {device} master {master} up addrgenmode none")
+            _limit(device, self.rate_bits_per_s)
+
     def _join(self, rank: int, end: int) -> None:
         port = f"port{rank}"
+        host = self.host_of(rank)
+        bridge, rate = "hub", self.rate_bits_per_s
+        if host is not None:
+            bridge, rate = f"host{host}", self.inner_rate_bits_per_s
         size = f"mtu {_MTU_BYTES} gso_max_size {_PACKET_BYTES}"
         with self._inside(self._hub):
             there = f"/proc/{os.getpid()}/fd/{end}"
             _run(f"ip link add {port} {size} type veth peer name {_LINK} {size} netns {there}")
-            _run(f"ip link set dev {port} master hub up addrgenmode none")
-            self._limit(port)
+            _run(f"ip link set dev {port} master {bridge} up addrgenmode none")
+            _limit(port, rate)
         with self._inside(end):
-            _tune_tcp()
+            _tune_tcp(hosts=self.hosts is not None)
             _run("ip link set lo up")
             _run(f"ip link set dev {_LINK} up addrgenmode none")
             _run(f"ip address add {self.address(rank)}/24 dev {_LINK}")
-            self._limit(_LINK)
-
-    def _limit(self, device: str) -> None:
-        if self.rate_bits_per_s is not None:
-            _run(
-                f"tc qdisc replace dev {device} root tbf rate {self.rate_bits_per_s:.0f}bit "
-                f"burst {_PACKET_BYTES} limit {_QUEUE_BYTES}"
-            )
+            _limit(_LINK, rate)
 
     def _new_namespace(self) -> int:
         _unshare()
@@ -181,6 +237,33 @@ class Network:
             _set_namespace(self._home)
 
 
+def _check_hosts(ranks: int, hosts: int | None, inner_rate_bits_per_s: float | None) -> None:
+    if hosts is not None and not 1 <= hosts <= ranks:
+        raise NetworkError(f"{ranks} ranks stand on 1 to {ranks} hosts, got hosts={hosts}")
+    if hosts is None and inner_rate_bits_per_s is not None:
+        raise NetworkError(
+            f"inner_rate_bits_per_s={inner_rate_bits_per_s:g} is of links inside hosts, and there "
+            "are none; give hosts, or rate_bits_per_s alone"
+        )
+
+
+def _host_of(ranks: int, hosts: int) -> list[int]:
+    return [host for host, size in enumerate(shard_sizes(ranks, hosts)) for _ in range(size)]
+
+
+def _uplink(host: int) -> str:
+    """The host's end of its link to the hub: what it transmits leaves the host."""
+    return f"up{host}"
+
+
+def _limit(device: str, rate_bits_per_s: float | None) -> None:
+    if rate_bits_per_s is not None:
+        _run(
+            f"tc qdisc replace dev {device} root tbf rate {rate_bits_per_s:.0f}bit "
+            f"burst {_PACKET_BYTES} limit {_QUEUE_BYTES}"
+        )
+
+
 class Loopback:
     """All ranks on the loopback interface: no rate limit and no count per rank."""
 
@@ -194,6 +277,9 @@ class Loopback:
 
     def bytes_sent(self) -> None:
         """None: the loopback interface counts all ranks together."""
+
+    def uplink_bytes_sent(self) -> None:
+        """None: there are no hosts."""
 
     def close(self) -> None:
         """Nothing to take down."""
@@ -210,11 +296,22 @@ class Loopback:
         self.close()
 
 
-def open_network(ranks: int, *, rate_bits_per_s: float | None = None) -> "Network | Loopback":
+def open_network(
+    ranks: int,
+    *,
+    rate_bits_per_s: float | None = None,
+    hosts: int | None = None,
+    inner_rate_bits_per_s: float | None = None,
+) -> "Network | Loopback":
     """An emulated network where this machine allows one, else the loopback; see its ``note``."""
     obstacle = why_not()
     if obstacle is None:
-        return Network(ranks, rate_bits_per_s=rate_bits_per_s)
+        return Network(
+            ranks,
+            rate_bits_per_s=rate_bits_per_s,
+            hosts=hosts,
+            inner_rate_bits_per_s=inner_rate_bits_per_s,
+        )
     return Loopback(
         f"no emulated network ({obstacle}): ranks share the loopback interface, so rates are NOT "
         "limited and bytes are counted by the program, not by an interface"
@@ -286,9 +383,16 @@ def _run(command: str) -> None:
         )
 
 
-def _tune_tcp() -> None:
-    """The same congestion control on every machine, and no slow start after a pause to compute."""
+def _tune_tcp(*, hosts: bool) -> None:
+    """The same congestion control on every machine, and no slow start after a pause to compute.
+
+    The queue of a link between hosts is not the sender's own, so nothing keeps it from filling
+    it; acknowledgements of what comes the other way would wait behind whole messages, and each way
+    would idle for the other. So ranks of hosts have small windows.
+    """
     settings = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
+    if hosts:
+        settings["tcp_rmem"] = f"4096 {_WINDOW_BYTES // 2} {_WINDOW_BYTES}"
     for name, value in settings.items():
         path = Path("/proc/sys/net/ipv4", name)
         if os.access(path, os.W_OK):

@@ -12,6 +12,7 @@ import typer
 import hairpin
 from hairpin.cli import (
     bench,
+    bench_attention,
     doctor,
     fold,
     plan,
@@ -51,6 +52,7 @@ app.command("show")(show.show)
 app.command("fold")(fold.fold)
 app.command("score")(score.score)
 app.command("profile")(profile.profile)
+bench.app.command("attention")(bench_attention.attention)
 app.add_typer(bench.app, name="bench")
 app.add_typer(verify.app, name="verify")
 
