@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hairpin.comm.halo import halo
     from hairpin.comm.mesh import Mesh, init_mesh
     from hairpin.comm.pending import Pending
+    from hairpin.comm.topology import Topology
     from hairpin.comm.verbs import (
         all_reduce,
         gather,
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from hairpin.planning.routes import Route
     from hairpin.planning.seam import Seam
     from hairpin.planning.sequence import SequencePlan, plan_sequence
+    from hairpin.planning.sequence_work import AttentionShape
     from hairpin.run.profile import profile
 
 _HOMES = {
+    "AttentionShape": "hairpin.planning.sequence_work",
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
     "Mask": "hairpin.attention.mask",
@@ -48,6 +51,7 @@ _HOMES = {
     "Seam": "hairpin.planning.seam",
     "SequencePlan": "hairpin.planning.sequence",
     "SequenceSplit": "hairpin.attention.split",
+    "Topology": "hairpin.comm.topology",
     "all_reduce": "hairpin.comm.verbs",
     "attention": "hairpin.attention.api",
     "detach": "hairpin.planning.apply",
@@ -69,6 +73,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionShape",
     "HairpinError",
     "Layout",
     "Mask",
@@ -81,6 +86,7 @@ __all__ = [
     "Seam",
     "SequencePlan",
     "SequenceSplit",
+    "Topology",
     "all_reduce",
     "attention",
     "detach",

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import hairpin as hp
 from hairpin.bench.absent import placeholders
 from hairpin.comm.mesh import Mesh, init_mesh
+from hairpin.comm.topology import Tier
 from hairpin.errors import SequenceError
 from hairpin.run.launch import launch
 
@@ -28,8 +29,8 @@ def line(**degrees) -> Mesh:
 
 
 def a_plan(length=10, ranks=1, **options):
-    options.setdefault("mask", hp.Mask(causal=True))
-    return hp.plan_sequence(Mesh(sp=ranks), length=length, **options)
+    options = {"mask": hp.Mask(causal=True), "length": length} | options
+    return hp.plan_sequence(Mesh(sp=ranks), **options)
 
 
 def test_a_batch_is_cut_with_shifted_labels_and_positions():
@@ -72,12 +73,15 @@ def test_batches_that_cannot_be_cut(batch, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "spiral"}, "write one of ring"),
+        ({"method": "spiral"}, "write one of auto, ring"),
         ({"method": "ulysses", "heads_degree": 2, "ranks": 4}, "has heads_degree=4, got 2"),
         ({"method": "usp", "heads_degree": 3, "ranks": 4}, "does not divide the 4 ranks"),
         ({"method": "linear", "order": "zigzag"}, "leave order out"),
         ({"mask": hp.Mask(documents=(1, 2))}, "have 3 positions together"),
         ({"axis": "tp"}, "no axis 'tp'"),
+        ({"method": "auto"}, "give shape="),
+        ({"memory": "1GiB"}, "give method='auto'"),
+        ({"length": None}, "needs length="),
     ],
 )
 def test_plans_that_cannot_be(options, words):
@@ -89,6 +93,40 @@ def test_a_plan_explains_itself():
     text = a_plan(1000, ranks=8, method="usp", heads_degree=2).explain()
     assert "4 ring places x 2 heads places" in text
     assert "dealt zigzag: 125 to 125 positions a rank" in text
+
+
+LINKS = {"inner": Tier(1e-5, 20e9), "outer": Tier(1e-4, 1e9)}
+
+
+@pytest.mark.parametrize(("groups", "inside"), [(8, False), (2, True)])
+def test_the_fastest_method_depends_on_the_links_and_the_heads(groups, inside):
+    """On two hosts, many key heads keep the ring inside a host, few let it go across."""
+    shape = hp.AttentionShape(
+        length=8192, heads=8, head_dim=64, groups=groups, mask=hp.Mask(causal=True)
+    )
+    topology = hp.Topology.two_tier(2, 2, **LINKS)
+    plan = hp.plan_sequence(Mesh(sp=4), method="auto", shape=shape, topology=topology)
+    usp = next(c for c in plan.candidates if c.heads == 2 and c.schedule == "ring")
+    assert usp.heads_inside is inside
+    assert plan.candidates[0].time_s == min(c.time_s for c in plan.candidates if not c.excluded)
+    assert plan.length == 8192
+    assert plan.candidates[0].method in plan.explain()
+
+
+def test_no_method_is_chosen_that_holds_more_than_is_allowed():
+    shape = hp.AttentionShape(length=8192, heads=8, head_dim=64)
+    topology = hp.Topology.flat(4, LINKS["inner"])
+    free = hp.plan_sequence(Mesh(sp=4), method="auto", shape=shape, topology=topology)
+    most = max(c.peak_bytes for c in free.candidates)
+    tight = hp.plan_sequence(
+        Mesh(sp=4), method="auto", shape=shape, topology=topology, memory=most - 1
+    )
+    assert tight.candidates[-1].excluded
+    assert tight.candidates[0].peak_bytes < most
+    with pytest.raises(hp.MemoryBudgetError, match="no method holds one attention layer in 1KiB"):
+        hp.plan_sequence(Mesh(sp=4), method="auto", shape=shape, topology=topology, memory="1KiB")
+    with pytest.raises(SequenceError, match="the topology is of 4 ranks and axis 'sp' has 2"):
+        hp.plan_sequence(Mesh(sp=2), method="auto", shape=shape, topology=topology)
 
 
 def stream_on_ranks():

@@ -31,6 +31,7 @@ from hairpin.bench.virtual import virtual_attention
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.topology import Topology, Work
 from hairpin.comm.transport import Link, Wait
+from hairpin.planning.sequence import split_of
 from hairpin.planning.sequence_cost import Candidate, candidates
 from hairpin.planning.sequence_work import AttentionShape
 from hairpin.run.launch import launch, warm
@@ -249,7 +250,7 @@ class _Case:
         }
 
     def _ours(self, c: Candidate) -> _Trial:
-        split = split_of(c, self.mesh, self.shape.length)
+        split = split_of(c, self.mesh, AXIS, self.shape)
         return self._trial(_attend_by(split, self.shape.mask), len(split.positions))
 
     def _trial(self, attend: Attend, rows: int, *, heads_first: bool = True) -> _Trial:
@@ -305,19 +306,6 @@ class _Case:
             for got, want in pairs
             if got is not None and want is not None
         )
-
-
-def split_of(c: Candidate, mesh: Mesh, length: int) -> SequenceSplit:
-    """The split that a candidate stands for."""
-    return SequenceSplit(
-        mesh,
-        AXIS,
-        Order(c.order, length),
-        heads=c.heads,
-        schedule=c.schedule,
-        heads_inside=c.heads_inside,
-        inner=c.inner,
-    )
 
 
 def _attend_by(split: SequenceSplit, mask: Mask) -> Attend:

@@ -16,11 +16,15 @@ from hairpin.attention.order import Kind, Order
 from hairpin.attention.split import Schedule, SequenceSplit
 from hairpin.attention.stream import put_together, take
 from hairpin.comm.mesh import Mesh, as_mesh
+from hairpin.comm.topology import Topology
 from hairpin.comm.verbs import Grad, global_mean
-from hairpin.errors import SequenceError
+from hairpin.errors import MemoryBudgetError, SequenceError
+from hairpin.planning.sequence_cost import Candidate, candidates, explain
+from hairpin.planning.sequence_work import AttentionShape
+from hairpin.units import format_bytes, parse_bytes
 
 Method = Literal[
-    "ring", "double_ring", "all_gather", "hierarchical", "rsa", "ulysses", "usp", "linear"
+    "auto", "ring", "double_ring", "all_gather", "hierarchical", "rsa", "ulysses", "usp", "linear"
 ]
 IGNORED = -100  # label of a token that has none, as everywhere in PyTorch
 _TOKENS = ("input_ids", "tokens", "inputs_embeds")
@@ -33,10 +37,12 @@ class SequencePlan:
     Attributes:
         split: which positions each rank holds, and how attention crosses the ranks.
         mask: which keys a query sees.
+        candidates: what each method would cost, the fastest first; none where one was asked for.
     """
 
     split: SequenceSplit
     mask: Mask
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def length(self) -> int:
@@ -55,7 +61,7 @@ class SequencePlan:
         if kind == "documents" and documents is None:
             kind = "zigzag"
         order = Order(kind, length, documents if kind == "documents" else None)
-        return SequencePlan(replace(self.split, order=order), mask)
+        return SequencePlan(replace(self.split, order=order), mask, self.candidates)
 
     def shard(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of a batch that every rank holds whole. Sends nothing.
@@ -137,6 +143,8 @@ class SequencePlan:
             f"keys cross by {split.schedule}" if split.ring > 1 else "keys stay",
             f"mask: {self.mask}",
         ]
+        if self.candidates:
+            lines += ["", explain(self.candidates)]
         return "\n".join(lines)
 
     def _shifted(self, labels: Tensor) -> Tensor:
@@ -162,38 +170,53 @@ class SequencePlan:
 def plan_sequence(
     mesh: Mesh | DeviceMesh,
     *,
-    length: int,
-    mask: Mask,
+    length: int | None = None,
+    mask: Mask | None = None,
     axis: str = "sp",
     method: Method = "ring",
     heads_degree: int | None = None,
     order: Kind | None = None,
     inner: int | None = None,
     heads_inside: bool = True,
+    shape: AttentionShape | None = None,
+    topology: Topology | None = None,
+    memory: int | str | None = None,
 ) -> SequencePlan:
     """Plan the split of one long sequence over the ranks of a mesh axis.
 
     Args:
         mesh: live, or a description.
         length: positions of the whole sequence; it need not divide.
-        mask: which keys a query sees.
+        mask: which keys a query sees; all if left out.
         axis: of the mesh.
         method: ``"ring"`` (Liu et al. 2023), ``"double_ring"``, ``"all_gather"`` (of keys and
             values), ``"hierarchical"``, ``"ulysses"`` (Jacobs et al. 2023), ``"usp"`` (Fang and
-            Zhao 2024), ``"rsa"`` (Li et al. 2021), or ``"linear"`` for linear attention.
+            Zhao 2024), ``"rsa"`` (Li et al. 2021), ``"linear"`` for linear attention, or
+            ``"auto"``: the fastest for ``shape`` on ``topology``.
         heads_degree: of USP: ranks that share out the heads; the largest proper divisor of the
             ranks if left out.
         order: how positions are dealt; if left out, the one that balances the mask's work.
         inner: of double ring and hierarchical: the size of the inner groups.
         heads_inside: of USP: whether the ranks that share out heads are neighbours.
+        shape: of ``"auto"``: one attention layer; it brings length and mask.
+        topology: of ``"auto"``: the ranks' links, from ``hp.Topology.measure`` or by hand.
+        memory: of ``"auto"``: bytes, or text such as ``"2GiB"``, that a rank may hold for a layer.
 
     Raises:
+        MemoryBudgetError: of ``"auto"``: no method holds as little as ``memory``.
         SequenceError: degrees that do not divide, or a method that does not exist.
         MeshError: no such axis.
     """
     mesh = as_mesh(mesh)
     if method not in get_args(Method):
         raise SequenceError(f"method {method!r}: write one of {', '.join(get_args(Method))}")
+    if method == "auto":
+        return _fastest(mesh, axis, shape=shape, topology=topology, memory=memory)
+    if shape is not None or topology is not None or memory is not None:
+        raise SequenceError("shape, topology and memory choose a method: give method='auto'")
+    if length is None:
+        raise SequenceError(f"method {method!r} needs length=..., the positions of the sequence")
+    mask = Mask() if mask is None else mask
     ranks = mesh.size(axis)
     heads = _heads_degree(method, ranks, heads_degree)
     schedule = cast("Schedule", method) if method in get_args(Schedule) else "ring"
@@ -218,6 +241,51 @@ def plan_sequence(
     )
     mask.require_length(length, length)
     return SequencePlan(split, mask)
+
+
+def _fastest(
+    mesh: Mesh,
+    axis: str,
+    *,
+    shape: AttentionShape | None,
+    topology: Topology | None,
+    memory: int | str | None,
+) -> SequencePlan:
+    """The fastest of all methods that a rank can hold."""
+    if shape is None or topology is None:
+        raise SequenceError(
+            "method 'auto' weighs work against links: give shape=hp.AttentionShape(length=..., "
+            "heads=..., head_dim=...) and topology=hp.Topology.measure(mesh, axis)"
+        )
+    if topology.ranks != mesh.size(axis):
+        raise SequenceError(
+            f"the topology is of {topology.ranks} ranks and axis {axis!r} has {mesh.size(axis)}; "
+            "measure it on this axis"
+        )
+    most = None if memory is None else parse_bytes(memory)
+    found = tuple(candidates(shape, topology, memory_bytes=most))
+    best = found[0]
+    if best.excluded is not None:
+        least = min(c.peak_bytes for c in found if c.peak_bytes)
+        raise MemoryBudgetError(
+            f"no method holds one attention layer in {memory}: the least needs "
+            f"{format_bytes(least)} a rank; allow more memory, or split over more ranks"
+        )
+    return SequencePlan(split_of(best, mesh, axis, shape), shape.mask, found)
+
+
+def split_of(candidate: Candidate, mesh: Mesh, axis: str, shape: AttentionShape) -> SequenceSplit:
+    """The split that a candidate stands for."""
+    documents = shape.mask.documents if candidate.order == "documents" else None
+    return SequenceSplit(
+        mesh,
+        axis,
+        Order(candidate.order, shape.length, documents),
+        heads=candidate.heads,
+        schedule=candidate.schedule,
+        heads_inside=candidate.heads_inside,
+        inner=candidate.inner,
+    )
 
 
 def _heads_degree(method: Method, ranks: int, asked: int | None) -> int:

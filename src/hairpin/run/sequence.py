@@ -233,4 +233,3 @@ class SplitSequences:
     def loss(self, total: Tensor, count: Tensor) -> Tensor:
         """The mean over the tokens of all ranks."""
         return self.plan.loss(total, count)
-
