@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hairpin.comm.mesh import Mesh
 from hairpin.errors import (
     CheckpointError,
     HairpinError,
@@ -17,6 +18,7 @@ from hairpin.errors import (
     MeshError,
     NumericsError,
     RecipeError,
+    SequenceError,
 )
 from hairpin.models.vit import ViTConfig
 from hairpin.run import checkpoint, metrics
@@ -38,6 +40,7 @@ from hairpin.run.sequence import (
     make_program,
     mesh_of,
     require_possible,
+    sequence_plan,
 )
 from hairpin.run.sequence_train import Scores, train_sequence
 
@@ -175,6 +178,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert isinstance(error, NumericsError)
 
 
+# ------------------------------------------------------------------------------- sequences split
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "method"),
+    [
+        ("llm", Degrees(sp=3), None),
+        ("llm", Degrees(dp=2, sp=2), "ulysses"),
+        ("linear-llm", Degrees(sp=3), None),
+        ("vit", Degrees(sp=2), None),
+    ],
+)
+def test_sequences_split_over_ranks_give_the_same_losses(
+    tmp_path, references, name, degrees, method
+):
+    out, whole = references[name]
+    ours = run(tmp_path, double(RECIPES[name]), degrees, options={"method": method}, stop_step=10)
+    assert worst(ours, whole) < 1e-10
+    assert worst(validations(tmp_path), validations(out)) < 1e-10
+
+
+def test_a_run_that_split_its_sequences_goes_on_on_one_rank(tmp_path, references):
+    recipe = double(RECIPES["llm"])
+    run(tmp_path, recipe, Degrees(sp=2), stop_step=5)
+    ours = run(tmp_path, recipe, resume=tmp_path, stop_step=10)
+    assert worst(ours, references["llm"][1]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "words"),
+    [
+        (llm_tiny, "linear", "use 'ring'"),
+        (linear_llm_tiny, "ring", "leave --method out"),
+        (llm_tiny, "spiral", "write one of"),
+    ],
+)
+def test_methods_that_do_not_fit_are_refused(make, method, words):
+    with pytest.raises(SequenceError, match=words):
+        sequence_plan(make(), Mesh(dp=1, sp=2), method=method)
+
+
 # ------------------------------------------------------------------- layers and weights shared out
 
 WIDE = double(llm_tiny(), batch_size=8)
@@ -220,10 +264,19 @@ def test_stages_and_slices_give_the_losses_of_one_process(tmp_path, wide, degree
         (Degrees(dp=2, pp=2), {"microbatches": 4}),
         (Degrees(tp=2, pp=2), {"microbatches": 2}),
         (Degrees(dp=2, tp=2, pp=2), {"microbatches": 2}),
+        (Degrees(tp=2, sp=2), {"method": "ulysses"}),
+        (Degrees(pp=2, sp=2), {"microbatches": 2}),
+        (Degrees(dp=2, sp=2), {"data_parallel": "fsdp"}),
     ],
 )
 def test_everything_at_once_gives_the_losses_of_one_process(tmp_path, wide, degrees, options):
     check_four_d(tmp_path, wide, degrees, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_dimensions_on_sixteen_ranks(tmp_path, wide):
+    check_four_d(tmp_path, wide, Degrees(dp=2, sp=2, tp=2, pp=2), microbatches=2)
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.block import hidden, wide
+from hairpin.attention.block import hidden
 from hairpin.attention.places import Places
+from hairpin.attention.port import wide
 from hairpin.attention.softmax import Call, Operands
 from hairpin.errors import SequenceError
 

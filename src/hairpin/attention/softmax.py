@@ -22,18 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.block import (
-    Block,
-    State,
-    attend,
-    attend_backward,
-    hidden,
-    masked,
-    wide,
-)
+from hairpin.attention.block import attend, attend_backward, hidden, masked
 from hairpin.attention.dropout import Scores, kept
 from hairpin.attention.mask import Mask
 from hairpin.attention.places import Places
+from hairpin.attention.port import Block, State, wide
 from hairpin.attention.tiles import Tile, cut
 from hairpin.comm.transport import Wait
 
