@@ -7,11 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hairpin.attention.api import attention
-    from hairpin.attention.linear import linear_attention
-    from hairpin.attention.mask import Mask
-    from hairpin.attention.order import Order
-    from hairpin.attention.split import SequenceSplit
     from hairpin.comm.grads import sync_grads
     from hairpin.comm.halo import halo
     from hairpin.comm.mesh import Mesh, init_mesh
@@ -26,6 +21,11 @@ if TYPE_CHECKING:
         switch,
     )
     from hairpin.errors import HairpinError, MemoryBudgetError
+    from hairpin.exchange.api import attention
+    from hairpin.exchange.linear import linear_attention
+    from hairpin.exchange.mask import Mask
+    from hairpin.exchange.order import Order
+    from hairpin.exchange.split import SequenceSplit
     from hairpin.layout import Layout
     from hairpin.planning.apply import detach, parallelize, plan_of
     from hairpin.planning.fitted import estimate
@@ -41,26 +41,26 @@ _HOMES = {
     "AttentionShape": "hairpin.planning.sequence_work",
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
-    "Mask": "hairpin.attention.mask",
+    "Mask": "hairpin.exchange.mask",
     "MemoryBudgetError": "hairpin.errors",
     "Mesh": "hairpin.comm.mesh",
-    "Order": "hairpin.attention.order",
+    "Order": "hairpin.exchange.order",
     "Pending": "hairpin.comm.pending",
     "Plan": "hairpin.planning.plan",
     "Route": "hairpin.planning.routes",
     "Seam": "hairpin.planning.seam",
     "SequencePlan": "hairpin.planning.sequence",
-    "SequenceSplit": "hairpin.attention.split",
+    "SequenceSplit": "hairpin.exchange.split",
     "Topology": "hairpin.comm.topology",
     "all_reduce": "hairpin.comm.verbs",
-    "attention": "hairpin.attention.api",
+    "attention": "hairpin.exchange.api",
     "detach": "hairpin.planning.apply",
     "estimate": "hairpin.planning.fitted",
     "gather": "hairpin.comm.verbs",
     "global_mean": "hairpin.comm.verbs",
     "halo": "hairpin.comm.halo",
     "init_mesh": "hairpin.comm.mesh",
-    "linear_attention": "hairpin.attention.linear",
+    "linear_attention": "hairpin.exchange.linear",
     "parallelize": "hairpin.planning.apply",
     "plan": "hairpin.planning.make",
     "plan_of": "hairpin.planning.apply",

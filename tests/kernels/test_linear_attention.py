@@ -18,8 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention.recurrence import KINDS, attend, inputs, recurrence
 from comm.cases import near, uniform
+from exchange.recurrence import KINDS, attend, inputs, recurrence
 from hairpin.errors import LayoutError
 from hairpin.kernels.linear_attention import linear_attention, summarize, why_not_triton
 

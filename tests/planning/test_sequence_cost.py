@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hairpin.attention.api import attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Order
-from hairpin.attention.split import SequenceSplit
 from hairpin.comm.mesh import init_mesh
 from hairpin.comm.topology import Tier, Topology, Work
 from hairpin.errors import PlanError
+from hairpin.exchange.api import attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Order
+from hairpin.exchange.split import SequenceSplit
 from hairpin.planning.sequence_cost import Candidate, candidates, explain, price
 from hairpin.planning.sequence_work import AttentionShape, count_work
 from hairpin.run.launch import launch

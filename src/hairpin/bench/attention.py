@@ -18,12 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hairpin.attention.api import attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Order
-from hairpin.attention.places import Places
-from hairpin.attention.softmax import Level
-from hairpin.attention.split import Schedule, SequenceSplit
 from hairpin.bench.attention_peers import PEERS, Attend, Peer
 from hairpin.bench.measure import Sample, combine, join, machine, sample
 from hairpin.bench.network import Wire, open_network, why_not
@@ -31,6 +25,12 @@ from hairpin.bench.virtual import virtual_attention
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.topology import Topology, Work
 from hairpin.comm.transport import Link, Wait
+from hairpin.exchange.api import attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Order
+from hairpin.exchange.places import Places
+from hairpin.exchange.softmax import Level
+from hairpin.exchange.split import Schedule, SequenceSplit
 from hairpin.planning.sequence import split_of
 from hairpin.planning.sequence_cost import Candidate, candidates
 from hairpin.planning.sequence_work import AttentionShape

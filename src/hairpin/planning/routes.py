@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hairpin.attention.api import attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.stream import put_together, take
 from hairpin.errors import SequenceError
+from hairpin.exchange.api import attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.stream import put_together, take
 from hairpin.kernels.random import uniform
 from hairpin.kernels.routed import GatedLinearAttention, SoftmaxAttention
 from hairpin.planning.sequence import SequencePlan

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hairpin.attention.api import attention
-from hairpin.attention.linear import linear_attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Kind, Order
-from hairpin.attention.split import Schedule, SequenceSplit
-from hairpin.attention.stream import put_together, take
 from hairpin.comm.mesh import Mesh, as_mesh
 from hairpin.comm.topology import Topology
 from hairpin.comm.verbs import Grad, global_mean
 from hairpin.errors import MemoryBudgetError, SequenceError
+from hairpin.exchange.api import attention
+from hairpin.exchange.linear import linear_attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Kind, Order
+from hairpin.exchange.split import Schedule, SequenceSplit
+from hairpin.exchange.stream import put_together, take
 from hairpin.planning.sequence_cost import Candidate, candidates, explain
 from hairpin.planning.sequence_work import AttentionShape
 from hairpin.units import format_bytes, parse_bytes
@@ -97,7 +97,7 @@ class SequencePlan:
         return part
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        """:func:`hairpin.attention` under this plan."""
+        """:func:`hairpin.exchange` under this plan."""
         return attention(q, k, v, self.split, mask=self.mask, bias=bias)
 
     def linear_attention(

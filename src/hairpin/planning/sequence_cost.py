@@ -5,7 +5,7 @@ the work, and of both where it does not. A transfer takes what the busiest link 
 bandwidth by tier, :class:`~hairpin.comm.topology.Topology`). Work is counted on the tiles that the
 kernels really compute, so causal masks, windows, documents and their balance are what they are.
 
-The methods are those of ``hairpin.attention``: P ranks are r places around a ring of u ranks each,
+The methods are those of ``hairpin.exchange``: P ranks are r places around a ring of u ranks each,
 which switch between sequence and heads. u = P is Ulysses, u = 1 a ring or a gather, else USP.
 
 Bytes a rank sends forward, for s rows, h and g heads of d channels, all even:
@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
 
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Kind, Order
-from hairpin.attention.split import Schedule
 from hairpin.comm.topology import Message, Topology
 from hairpin.errors import PlanError
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Kind, Order
+from hairpin.exchange.split import Schedule
 from hairpin.layout import shard_offset, shard_size, shard_sizes
 from hairpin.planning.sequence_work import Array, AttentionShape, Counts, count_work
 from hairpin.units import format_bytes, format_time

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Kind, Order
-from hairpin.attention.tiles import cut
 from hairpin.errors import PlanError
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Kind, Order
+from hairpin.exchange.tiles import cut
 
 _COUNTED_LENGTH = 1 << 15  # longer sequences are counted at a smaller scale
 _COUNTED_PLACES = 48  # and only so many places, evenly chosen

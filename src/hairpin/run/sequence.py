@@ -8,10 +8,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from hairpin.attention.mask import Mask
-from hairpin.attention.stream import take
 from hairpin.comm.mesh import Mesh, as_mesh, init_mesh
 from hairpin.errors import MeshError, SequenceError
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.stream import take
 from hairpin.models.vit.model import patches_along
 from hairpin.planning.apply import parallelize
 from hairpin.planning.sequence import Method, SequencePlan, plan_sequence

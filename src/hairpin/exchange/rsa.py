@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.block import hidden
-from hairpin.attention.places import Places
-from hairpin.attention.port import wide
-from hairpin.attention.softmax import Call, Operands
 from hairpin.errors import SequenceError
+from hairpin.exchange.block import hidden
+from hairpin.exchange.places import Places
+from hairpin.exchange.port import wide
+from hairpin.exchange.softmax import Call, Operands
 
 
 def ring_self_attention(operands: Operands, call: Call) -> Tensor:

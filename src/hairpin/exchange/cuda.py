@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hairpin.attention.port import Block, Qkv, State
+from hairpin.exchange.port import Block, Qkv, State
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_WIDEST = 256

@@ -6,12 +6,12 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from hairpin.attention.order import Order
-from hairpin.attention.places import Places
-from hairpin.attention.softmax import Level
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.transport import Link
 from hairpin.errors import SequenceError
+from hairpin.exchange.order import Order
+from hairpin.exchange.places import Places
+from hairpin.exchange.softmax import Level
 
 Schedule = Literal["ring", "double_ring", "all_gather", "hierarchical", "rsa"]
 

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hairpin.attention.api
-import hairpin.comm.grads
-import hairpin.comm.verbs  # noqa: F401  # imported once here, not in each rank
-from hairpin.attention.api import attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Order
-from hairpin.attention.split import SequenceSplit
 from hairpin.comm.mesh import Mesh, init_mesh
+from hairpin.exchange.api import attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Order
+from hairpin.exchange.split import SequenceSplit
 
 WIDE = torch.float64
 

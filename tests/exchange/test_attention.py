@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attention.cases import WIDE, Problem, checked, line, truth, worst
-from hairpin.attention.api import attention
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Order
-from hairpin.attention.split import SequenceSplit
+from exchange.cases import WIDE, Problem, checked, line, truth, worst
 from hairpin.comm.mesh import Mesh, init_mesh
+from hairpin.exchange.api import attention
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Order
+from hairpin.exchange.split import SequenceSplit
 from hairpin.run.launch import launch
 
 ORDERS = ("contiguous", "zigzag", "striped")

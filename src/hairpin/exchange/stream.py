@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.split import SequenceSplit
 from hairpin.comm.eager import eager
 from hairpin.comm.transport import Link
 from hairpin.comm.verbs import Grad
 from hairpin.errors import SequenceError
+from hairpin.exchange.split import SequenceSplit
 
 
 def take(x: Tensor, split: SequenceSplit, dim: int) -> Tensor:

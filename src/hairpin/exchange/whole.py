@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.heads import HeadSplit
-from hairpin.attention.places import Places
-from hairpin.attention.split import SequenceSplit
 from hairpin.comm.transport import Link
+from hairpin.exchange.heads import HeadSplit
+from hairpin.exchange.places import Places
+from hairpin.exchange.split import SequenceSplit
 
 
 def whole_columns(mask: Tensor, split: SequenceSplit) -> Tensor:

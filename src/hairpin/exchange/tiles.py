@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hairpin.attention.mask import Mask
+from hairpin.exchange.mask import Mask
 
 _BAND_ROWS = 128  # rows of a masked tile: more waste what the window leaves out
 _MIN_ROWS = 16  # staircases of fewer rows on average are cheaper as masked tiles

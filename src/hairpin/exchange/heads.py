@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.places import Places
+from hairpin.exchange.places import Places
 from hairpin.layout import shard_offset, shard_size
 
 

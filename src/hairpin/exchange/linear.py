@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hairpin.attention.affine import Schedule, check_schedule, start_prefix
 from hairpin.comm.mesh import Mesh, as_mesh
 from hairpin.comm.transport import Link
 from hairpin.comm.verbs import all_reduce
 from hairpin.errors import LayoutError
+from hairpin.exchange.affine import Schedule, check_schedule, start_prefix
 from hairpin.kernels.linear_attention import check, own_term, summarize, turned
 from hairpin.kernels.linear_attention import linear_attention as attend_alone
 from hairpin.kernels.linear_chunks import read_state
@@ -42,7 +42,7 @@ def linear_attention(
 
     Ranks along ``axis`` hold consecutive parts of any lengths, also none. What crosses them is a
     state ``[b, h, d, e]`` in float32 (float64 where the inputs are), however long the parts are;
-    `hairpin.attention.affine` says how many bytes that is. Not causal, states cross both ways;
+    `hairpin.exchange.affine` says how many bytes that is. Not causal, states cross both ways;
     without decay and documents they are added up instead.
 
     Args:

@@ -5,15 +5,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hairpin.attention.heads import HeadSplit, from_heads, to_heads
-from hairpin.attention.mask import Mask
-from hairpin.attention.order import Order
-from hairpin.attention.rsa import ring_self_attention
-from hairpin.attention.softmax import Call, Operands, attend_across
-from hairpin.attention.split import SequenceSplit, require_sequence
-from hairpin.attention.whole import whole_columns, whole_rows
 from hairpin.comm.eager import eager
 from hairpin.errors import SequenceError
+from hairpin.exchange.heads import HeadSplit, from_heads, to_heads
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.order import Order
+from hairpin.exchange.rsa import ring_self_attention
+from hairpin.exchange.softmax import Call, Operands, attend_across
+from hairpin.exchange.split import SequenceSplit, require_sequence
+from hairpin.exchange.whole import whole_columns, whole_rows
 
 
 @eager

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hairpin.attention.block import attend, attend_backward, hidden, masked
-from hairpin.attention.dropout import Scores, kept
-from hairpin.attention.mask import Mask
-from hairpin.attention.places import Places
-from hairpin.attention.port import Block, State, wide
-from hairpin.attention.tiles import Tile, cut
 from hairpin.comm.transport import Wait
+from hairpin.exchange.block import attend, attend_backward, hidden, masked
+from hairpin.exchange.dropout import Scores, kept
+from hairpin.exchange.mask import Mask
+from hairpin.exchange.places import Places
+from hairpin.exchange.port import Block, State, wide
+from hairpin.exchange.tiles import Tile, cut
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hairpin.attention.port import Block, Qkv, State, wide
-from hairpin.attention.tiles import Tile
+from hairpin.exchange.port import Block, Qkv, State, wide
+from hairpin.exchange.tiles import Tile
 
 _PLAIN_SCORES = 1 << 22  # scores that the plain back end holds at once
 
@@ -94,7 +94,7 @@ def _backend(q: Tensor, v: Tensor, block: Block) -> tuple[Any, Any]:
     if q.device.type == "cpu":
         return _cpu, _cpu_backward
     if q.device.type == "cuda" and block.added is None:
-        from hairpin.attention import cuda
+        from hairpin.exchange import cuda
 
         return (cuda.forward, cuda.backward) if cuda.takes(q) else plain
     return plain

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from comm.cases import line, near, uniform
-from hairpin.attention.affine import SCHEDULES, bytes_sent, start_prefix
 from hairpin.comm.mesh import init_mesh
 from hairpin.comm.transport import Link
 from hairpin.errors import LayoutError
+from hairpin.exchange.affine import SCHEDULES, bytes_sent, start_prefix
 from hairpin.run.launch import launch
 
 WORLDS = (1, 2, 3, 4, 5, 6, 8)

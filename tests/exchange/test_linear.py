@@ -7,13 +7,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import hairpin as hp
-from attention.recurrence import KINDS, attend, inputs
 from comm.cases import line, near, uniform
-from hairpin.attention.affine import SCHEDULES, bytes_sent
-from hairpin.attention.linear import linear_attention
+from exchange.recurrence import KINDS, attend, inputs
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.comm.transport import Link
 from hairpin.errors import LayoutError
+from hairpin.exchange.affine import SCHEDULES, bytes_sent
+from hairpin.exchange.linear import linear_attention
 from hairpin.kernels.linear_attention import Segment
 from hairpin.layout import shard_sizes
 from hairpin.run.launch import launch
