@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from hairpin.errors import HairpinError, MemoryBudgetError
     from hairpin.exchange.api import attention
+    from hairpin.exchange.joint import joint_attention
     from hairpin.exchange.linear import linear_attention
     from hairpin.exchange.mask import Mask
     from hairpin.exchange.order import Order
@@ -60,6 +61,7 @@ _HOMES = {
     "global_mean": "hairpin.comm.verbs",
     "halo": "hairpin.comm.halo",
     "init_mesh": "hairpin.comm.mesh",
+    "joint_attention": "hairpin.exchange.joint",
     "linear_attention": "hairpin.exchange.linear",
     "parallelize": "hairpin.planning.apply",
     "plan": "hairpin.planning.make",
@@ -95,6 +97,7 @@ __all__ = [
     "global_mean",
     "halo",
     "init_mesh",
+    "joint_attention",
     "linear_attention",
     "parallelize",
     "plan",

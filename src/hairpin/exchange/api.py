@@ -64,7 +64,7 @@ def attention(
         raise SequenceError(f"dropout={dropout}; a probability is at least 0 and below 1")
     if key_mask is not None:
         operands = replace(operands, key_mask=whole_columns(key_mask, keys_split))
-    call = _call(split, keys_split, mask, q)
+    call = call_of(split, keys_split, mask, q)
     call = replace(call, dropout=dropout, seed=seed)
     if scale is not None:
         call = replace(call, scale=scale)
@@ -78,7 +78,7 @@ def attention(
     return from_heads(attend_across(_turned(operands, heads), call), heads)
 
 
-def _call(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tensor) -> Call:
+def call_of(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tensor) -> Call:
     """What is known beside the tensors, all heads on every rank."""
     ring, heads = split.place(split.rank)
     return Call(

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hairpin.exchange.port import Block, Qkv, State
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_WIDEST = 256
 _ALIGNED = 8  # channels of a head must be a multiple
+_ROWS = 32  # the efficient kernel keeps log-sum-exps of so many rows at a time
 
 
 def takes(q: Tensor) -> bool:
@@ -29,7 +31,7 @@ def forward(qkv: Qkv, block: Block) -> State:
         return out, lse
     efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention
     out, lse, *_ = efficient(q, k, v, None, True, 0.0, block.causal, scale=block.scale)
-    return out, lse[..., : q.shape[2]]
+    return out, lse if lse.shape[-1] == q.shape[2] else lse[..., : q.shape[2]]
 
 
 def backward(
@@ -50,7 +52,8 @@ def backward(
         )
     else:
         efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+        missing = -lse.shape[-1] % _ROWS
+        lse = F.pad(lse, (0, missing), value=float("inf")) if missing else lse
         wanted = [True, True, True, False]
         grads = efficient(
             *(grad, q, k, v, None, out, lse, seed, seed, 0.0, wanted, block.causal),

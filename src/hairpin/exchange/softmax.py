@@ -127,25 +127,57 @@ def attend_across(operands: Operands, call: Call) -> Tensor:
     return result
 
 
+def attend_blocks(operands: Operands, call: Call) -> tuple[State, list[Tensor]]:
+    """Output and log-sum-exp over all ranks' keys, and the blocks that one gather has fetched."""
+    q, k, v = operands.q, operands.k, operands.v
+    shapes = _Shapes.of(k, v, call)
+    out: Tensor = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=wide(q.dtype))
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
+    fetched: list[Tensor] = []
+    for owner, packed in _blocks(call.levels, call.own, shapes.packed(k, v), shapes):
+        if [level.kind for level in call.levels] == ["gather"] and owner != call.own:
+            fetched.append(packed)  # one gather serves the backward too
+        keys, values = shapes.unpacked(packed, owner)
+        for tile in call.tiles(owner):
+            qkv = (q[:, :, tile.rows], keys[:, :, tile.keys], values[:, :, tile.keys])
+            state = attend(qkv, operands.block(tile, owner, call))
+            merge(out[:, :, tile.rows], lse[:, :, tile.rows], *state)
+    return (out, lse), fetched
+
+
+def gradients(
+    operands: Operands,
+    call: Call,
+    grad: Tensor,
+    state: State,
+    *,
+    learns: bool = False,
+    fetched: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of this rank's q, k, v and bias, in the dtype of a state.
+
+    Args:
+        grad: of the output of this rank's queries.
+        state: their output and log-sum-exp over all keys.
+        learns: whether the bias wants a gradient.
+        fetched: blocks that the forward has gathered.
+    """
+    k, v = operands.k, operands.v
+    shapes = _Shapes.of(k, v, call)
+    grads = _Gradients(operands, call, shapes, learns=learns)
+    grads.of_output(grad, state)
+    walk = _Walk(shapes, grads.of_block, tuple(fetched))
+    packed = walk.gradient(call.levels, call.own, shapes.packed(k, v))
+    return grads.q, *shapes.unpacked(packed, call.own), grads.bias
+
+
 class _Across(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, call = args
         q, k, v = (x.contiguous() for x in tensors[:3])
-        operands = Operands(q, k, v, *tensors[3:])
-        shapes = _Shapes.of(k, v, call)
-        out: Tensor = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=wide(q.dtype))
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
-        fetched: list[Tensor] = []
-        for owner, packed in _blocks(call.levels, call.own, shapes.packed(k, v), shapes):
-            if [level.kind for level in call.levels] == ["gather"] and owner != call.own:
-                fetched.append(packed)  # one gather serves the backward too
-            keys, values = shapes.unpacked(packed, owner)
-            for tile in call.tiles(owner):
-                qkv = (q[:, :, tile.rows], keys[:, :, tile.keys], values[:, :, tile.keys])
-                state = attend(qkv, operands.block(tile, owner, call))
-                _merge(out[:, :, tile.rows], lse[:, :, tile.rows], *state)
-        ctx.call, ctx.shapes = call, shapes
+        (out, lse), fetched = attend_blocks(Operands(q, k, v, *tensors[3:]), call)
+        ctx.call = call
         ctx.save_for_backward(q, k, v, *tensors[3:], out, lse, *fetched)
         return out.to(q.dtype)
 
@@ -153,14 +185,12 @@ class _Across(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, key_mask, out, lse, *fetched = ctx.saved_tensors
+        operands = Operands(q, k, v, bias, key_mask)
         learns = bias is not None and ctx.needs_input_grad[3]
-        grads = _Gradients(Operands(q, k, v, bias, key_mask), ctx.call, ctx.shapes, learns=learns)
-        grads.of_output(grad, (out, lse))
-        walk = _Walk(ctx.shapes, grads.of_block, tuple(fetched))
-        packed = walk.gradient(ctx.call.levels, ctx.call.own, ctx.shapes.packed(k, v))
-        grad_k, grad_v = ctx.shapes.unpacked(packed, ctx.call.own)
-        of_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), of_bias, None, None
+        options = {"learns": learns, "fetched": fetched}
+        of_q, of_k, of_v, of_bias = gradients(operands, ctx.call, grad, (out, lse), **options)
+        of_bias = None if of_bias is None else of_bias.to(bias.dtype)
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_bias, None, None
 
 
 class _Gradients:
@@ -358,7 +388,7 @@ def _plus(x: Tensor | None, y: Tensor) -> Tensor:
     return y if x is None else x + y
 
 
-def _merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
     """Turn attention over some keys into that over more, in place."""
     total = torch.logaddexp(lse, new_lse)
     base = torch.where(torch.isneginf(total), 0.0, total)  # rows that saw no key yet
