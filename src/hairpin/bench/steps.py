@@ -181,9 +181,11 @@ def floor_bytes(case: Case, inputs: Inputs) -> int:
     budget = 1
     for _ in range(_MOST_RAISES):
         try:
-            return int(budgeted(case, inputs, budget).plan.peak_bytes)
+            budgeted(case, inputs, budget)
         except MemoryBudgetError as error:
             budget = max(error.floor_bytes, budget + budget // 50)
+        else:
+            return budget
     raise MemoryBudgetError(f"no plan for {case.name} was found up to {budget} bytes")
 
 
