@@ -15,6 +15,8 @@ from hairpin.exchange.softmax import Call, Operands, attend_across
 from hairpin.exchange.split import SequenceSplit, require_sequence
 from hairpin.exchange.whole import whole_columns, whole_rows
 
+_KNOWN_CALLS = 16  # that a split keeps: masks of that many kinds of layers
+
 
 @eager
 def attention(
@@ -80,6 +82,17 @@ def attention(
 
 def call_of(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tensor) -> Call:
     """What is known beside the tensors, all heads on every rank."""
+    known = split.calls.get((keys_split.order, mask))
+    if known is None:
+        if len(split.calls) >= _KNOWN_CALLS:
+            split.calls.clear()
+        known = split.calls[keys_split.order, mask] = _first_call(split, keys_split, mask)
+    sizes = (q.shape[1], split.order.length, keys_split.order.length)
+    scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    return replace(known, scale=scale, heads=tuple(range(q.shape[1])), sizes=sizes)
+
+
+def _first_call(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask) -> Call:
     ring, heads = split.place(split.rank)
     return Call(
         levels=split.levels(),
@@ -91,9 +104,9 @@ def call_of(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tens
         own=split.rank,
         key_length=keys_split.order.length,
         mask=mask,
-        scale=q.shape[-1] ** -0.5 if q.shape[-1] else 1.0,
-        heads=tuple(range(q.shape[1])),
-        sizes=(q.shape[1], split.order.length, keys_split.order.length),
+        scale=1.0,
+        heads=(),
+        sizes=(0, 0, 0),
     )
 
 

@@ -15,7 +15,7 @@ and end at its owner: as many steps as in the forward, in float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -55,6 +55,7 @@ class Call:
         sizes: query heads, queries and keys in all.
         key_heads: local key/value head of each query head, where not ``i // (h / g)``.
         dropout, seed: of the weights.
+        known: tiles that have been cut already, by owner.
     """
 
     levels: tuple[Level, ...]
@@ -69,12 +70,15 @@ class Call:
     key_heads: tuple[int, ...] | None = None
     dropout: float = 0.0
     seed: int = 0
+    known: dict[int, list[Tile]] = field(default_factory=dict)
 
     def tiles(self, owner: int) -> list[Tile]:
         """Tiles of this rank's queries with ``owner``'s keys."""
         if not self.heads:  # fewer heads than places: this one has none
             return []
-        return cut(self.queries, self.keys[owner], self.mask, self.key_length)
+        if owner not in self.known:
+            self.known[owner] = cut(self.queries, self.keys[owner], self.mask, self.key_length)
+        return self.known[owner]
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,20 @@ def attend_blocks(operands: Operands, call: Call) -> tuple[State, list[Tensor]]:
     out: Tensor = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=wide(q.dtype))
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
     fetched: list[Tensor] = []
+    met: list[slice] = []  # rows that have seen keys
     for owner, packed in _blocks(call.levels, call.own, shapes.packed(k, v), shapes):
         if [level.kind for level in call.levels] == ["gather"] and owner != call.own:
             fetched.append(packed)  # one gather serves the backward too
         keys, values = shapes.unpacked(packed, owner)
         for tile in call.tiles(owner):
-            qkv = (q[:, :, tile.rows], keys[:, :, tile.keys], values[:, :, tile.keys])
+            rows = tile.rows
+            qkv = (q[:, :, rows], keys[:, :, tile.keys], values[:, :, tile.keys])
             state = attend(qkv, operands.block(tile, owner, call))
-            merge(out[:, :, tile.rows], lse[:, :, tile.rows], *state)
+            if all(rows.start >= seen.stop or seen.start >= rows.stop for seen in met):
+                out[:, :, rows], lse[:, :, rows] = state
+            else:
+                merge(out[:, :, rows], lse[:, :, rows], *state)
+            met.append(rows)
     return (out, lse), fetched
 
 
@@ -390,8 +400,6 @@ def _plus(x: Tensor | None, y: Tensor) -> Tensor:
 
 def merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
     """Turn attention over some keys into that over more, in place."""
-    total = torch.logaddexp(lse, new_lse)
-    base = torch.where(torch.isneginf(total), 0.0, total)  # rows that saw no key yet
-    out.mul_((lse - base).exp_().unsqueeze(-1))
-    out.add_(new * (new_lse - base).exp_().unsqueeze(-1))
-    lse.copy_(total)
+    share = torch.where(torch.isneginf(new_lse), 0.0, (new_lse - lse).sigmoid())
+    out.lerp_(new, share.unsqueeze(-1))
+    torch.logaddexp(lse, new_lse, out=lse)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from hairpin.comm.transport import Link
 from hairpin.errors import SequenceError
 from hairpin.exchange.order import Order
 from hairpin.exchange.places import Places
-from hairpin.exchange.softmax import Level
+from hairpin.exchange.softmax import Call, Level
 
 Schedule = Literal["ring", "double_ring", "all_gather", "hierarchical", "rsa"]
 
@@ -86,6 +86,11 @@ class SequenceSplit:
     def at(self, ring: int, heads: int) -> int:
         """The rank of a ring place and heads place."""
         return ring * self.heads + heads if self.heads_inside else heads * self.ring + ring
+
+    @cached_property
+    def calls(self) -> dict[Any, Call]:
+        """What is known of calls by their keys and mask; a layer's cutting serves all layers."""
+        return {}
 
     @cached_property
     def positions(self) -> Tensor:
