@@ -13,7 +13,7 @@ M is the whole activation, N the ranks; sent per rank in the forward of a pair o
 Dims: b batch, t frames, s patches, c channels, h heads, d channels of a head, n items of a shard.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from hairpin.bench.transformer import Layer, Size, Transformer2d, attention, fold, unfold
 from hairpin.comm.mesh import Mesh
-from hairpin.comm.transport import Link, Wait
 from hairpin.comm.verbs import gather, reduce_scatter, switch
+from hairpin.exchange.api import attention as ring_attention
+from hairpin.exchange.order import Order
+from hairpin.exchange.split import SequenceSplit
 from hairpin.layout import Layout, shard_offset, shard_size, shard_sizes
 
 AXIS = "sp"
@@ -98,7 +100,7 @@ class Ring:
     """Queries stay; keys and values of all frames pass by."""
 
     def __init__(self, model: Transformer2d, size: Size, mesh: Mesh) -> None:
-        self.model, self.mesh, self.lengths = model, mesh, shard_sizes(size.t, mesh.size(AXIS))
+        self.model, self.split = model, SequenceSplit(mesh, AXIS, Order("contiguous", size.t))
 
     def __call__(self, x: Tensor) -> Tensor:
         for layer in self.model:
@@ -106,11 +108,8 @@ class Ring:
         return x
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        if len(self.lengths) == 1:
-            return attention(qkv, along="t")
-        q, k, v = (fold(x, along="t") for x in qkv.unbind(3))
-        mixed = _RingAttention.apply(q, torch.stack([k, v]), Link(self.mesh, AXIS), self.lengths)
-        return unfold(mixed, batch=qkv.shape[0], along="t")
+        q, k, v = (fold(x, along="t") for x in qkv.unbind(3))  # [(b s), h, t/sp, d]
+        return unfold(ring_attention(q, k, v, self.split), batch=qkv.shape[0], along="t")
 
     def gradients(self) -> dict[str, Tensor]:
         return _gradients(self.model)
@@ -261,102 +260,3 @@ class _GatherLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_weight, grad_bias = rows.T @ whole.flatten(0, -2), rows.sum(0)
         return coming.wait(), grad_weight, grad_bias, None
-
-
-class _RingAttention(torch.autograd.Function):
-    """Attention of ``q[B, h, n, d]`` to the ``kv[2, B, h, n, d]`` of all ranks.
-
-    At step i a rank works on the keys and values that started i ranks before it, while those of
-    step i + 1 arrive. Blocks merge by their log-sum-exp. In the backward the gradients of keys and
-    values travel one step behind them and end at their owner: N - 1 steps each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, link: Link, lengths: list[int]) -> Tensor:
-        state: tuple[Tensor, Tensor] | None = None
-        for block in _passing(kv, link, lengths):
-            if q.numel() and block.numel():
-                term = _flash(q, block)
-                state = term if state is None else _merge(*state, *term)
-        out, lse = state or (q.new_empty(q.shape), q.new_empty(q.shape[:-1]))  # no own queries
-        ctx.save_for_backward(q, kv, out, lse)
-        ctx.link, ctx.lengths = link, lengths
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, out, lse = ctx.saved_tensors
-        link, lengths = ctx.link, ctx.lengths
-        grad_q, grad_kv = torch.zeros_like(q), torch.zeros_like(kv)
-        coming: tuple[Tensor, Wait] | None = None
-        for step, block in enumerate(_passing(kv, link, lengths)):
-            term_q, term_kv = _flash_backward(grads[0], q, block, out, lse)
-            grad_q += term_q
-            if step == 0:
-                grad_kv += term_kv
-                continue
-            if coming is not None:
-                term_kv += _landed(coming)
-            owner = (link.rank - step - 1) % link.size  # of what the rank before sends now
-            coming = _shift(term_kv, _like(kv, lengths[owner]), link)
-        if coming is not None:
-            grad_kv += _landed(coming)
-        return grad_q, grad_kv, None, None
-
-
-def _passing(kv: Tensor, link: Link, lengths: list[int]) -> Iterator[Tensor]:
-    """This rank's ``kv``, then that of the rank before, and so on; each sent on as it is used."""
-    block = kv
-    for step in range(link.size):
-        coming = None
-        if step + 1 < link.size:
-            owner = (link.rank - step - 1) % link.size
-            coming = _shift(block, _like(kv, lengths[owner]), link)
-        yield block
-        if coming is not None:
-            block = _landed(coming)
-
-
-def _shift(x: Tensor, into: Tensor, link: Link) -> tuple[Tensor, Wait]:
-    """Start sending ``x`` to the next rank and receiving ``into`` from the one before."""
-    nothing = x.new_empty(0)
-    sends, receives = [nothing] * link.size, [nothing] * link.size
-    sends[(link.rank + 1) % link.size] = x
-    receives[(link.rank - 1) % link.size] = into
-    return into, link.exchange(sends, receives, what="ring step")
-
-
-def _landed(coming: tuple[Tensor, Wait]) -> Tensor:
-    tensor, wait = coming
-    wait()
-    return tensor
-
-
-def _like(kv: Tensor, length: int) -> Tensor:
-    """Room for another rank's ``kv[2, B, h, n, d]``."""
-    return kv.new_empty((*kv.shape[:3], length, kv.shape[4]))
-
-
-def _merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from that over each."""
-    total = torch.logaddexp(lse, new_lse)
-    old_share, new_share = (torch.exp(part - total).unsqueeze(-1) for part in (lse, new_lse))
-    return out * old_share + new * new_share, total
-
-
-def _flash(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out[B, h, n, d], lse[B, h, n])`` of ``q`` attending to one block."""
-    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, kv[0], kv[1])
-    return out, lse
-
-
-def _flash_backward(
-    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``q`` and ``kv`` by one block, given the output and lse over all blocks."""
-    if not (q.numel() and kv.numel()):
-        return torch.zeros_like(q), torch.zeros_like(kv)
-    backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grad_q, *grad_kv = backward(grad, q, kv[0], kv[1], out, lse, 0.0, False)
-    return grad_q, torch.stack(grad_kv)
