@@ -267,7 +267,7 @@ def _limit(device: str, rate_bits_per_s: float | None) -> None:
 class Loopback:
     """All ranks on the loopback interface: no rate limit and no count per rank."""
 
-    rate_bits_per_s = None
+    rate_bits_per_s: float | None = None
 
     def __init__(self, note: str = "ranks on the loopback interface") -> None:
         self.note = note

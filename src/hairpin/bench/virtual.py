@@ -1,4 +1,4 @@
-"""Attention kernels that sleep as long as a device of a given speed would compute.
+"""Kernels of attention that sleep as long as a device of a given speed would compute.
 
 Where ranks are more than cores, real work of one rank delays the transfers of another, and nothing
 can be said of overlap. A sleeping rank leaves the core to those who transfer. Everything else, such
@@ -8,12 +8,18 @@ as merging states and packing messages, is done for real; what the kernels give 
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import Library
+
+from hairpin.kernels import linear_attention
+from hairpin.kernels.linear_chunks import CHUNK
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -82,3 +88,70 @@ def _sleep(flops_per_s: float, q: Tensor, k: Tensor, *, products: int, causal: b
     b, h, rows, d = q.shape
     scores = rows * (rows + 1) // 2 if causal else rows * k.shape[2]
     time.sleep(2 * products * b * h * scores * d / flops_per_s)
+
+
+# ------------------------------------------------------------------------------- linear attention
+
+
+@contextmanager
+def virtual_linear_attention(flops_per_s: float) -> Iterator[None]:
+    """In this context the three kernels of linear attention sleep instead of computing.
+
+    States of chunks, outputs of chunks, and reading a state that came in; decays are summed up for
+    real. It holds for the whole process, so it is for ranks that do nothing else.
+
+    Args:
+        flops_per_s: of the device that is played.
+    """
+
+    def states(
+        k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        del initial
+        b, h, s, d = k.shape
+        e = v.shape[3]
+        n = max(1, -(-s // CHUNK))
+        seconds = 2 * b * h * s * d * e / flops_per_s
+        before, state = _Played.apply(seconds, ((b, h, n, d, e), (b, h, d, e)), k, v, g)
+        return before, state
+
+    def outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, before: Tensor) -> Tensor:
+        b, h, s, d = q.shape
+        e, c = v.shape[3], min(CHUNK, s)
+        seconds = 2 * b * h * s * (c * (d + e) + d * e) / flops_per_s
+        out: Tensor = _Played.apply(seconds, (tuple(v.shape),), q, k, v, g, before)[0]
+        return out
+
+    def read(q: Tensor, state: Tensor) -> Tensor:
+        b, h, s, d = q.shape
+        seconds = 2 * b * h * s * d * state.shape[3] / flops_per_s
+        out: Tensor = _Played.apply(seconds, ((b, h, s, state.shape[3]),), q, state)[0]
+        return out
+
+    with ExitStack() as stack:
+        played = {"chunk_states": states, "chunk_outputs": outputs, "read_state": read}
+        for name, function in played.items():
+            stack.enter_context(patch.object(linear_attention, name, function))
+        yield
+
+
+class _Played(torch.autograd.Function):
+    """Sleep, then give zeros; in the backward, which has two products for each, twice as long."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, seconds: float, shapes: tuple[tuple[int, ...], ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.seconds = seconds
+        ctx.save_for_backward(*tensors)
+        time.sleep(seconds)
+        like = next(x for x in tensors if x is not None)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return tuple(like.new_zeros(shape, dtype=dtype) for shape in shapes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        time.sleep(2 * ctx.seconds)
+        grads = (None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors)
+        return None, None, *grads

@@ -13,6 +13,7 @@ import hairpin
 from hairpin.cli import (
     bench,
     bench_attention,
+    bench_linear,
     doctor,
     fold,
     plan,
@@ -53,6 +54,7 @@ app.command("fold")(fold.fold)
 app.command("score")(score.score)
 app.command("profile")(profile.profile)
 bench.app.command("attention")(bench_attention.attention)
+bench.app.command("linear")(bench_linear.linear)
 app.add_typer(bench.app, name="bench")
 app.add_typer(verify.app, name="verify")
 
