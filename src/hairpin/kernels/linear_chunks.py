@@ -117,7 +117,8 @@ def _scores_by_channel(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     while (size := scores.shape[-1]) < q.shape[-2]:
         q_right, k_left = _blocks(q, size)[..., 1, :, :], _blocks(k, size)[..., 0, :, :]
         g_left, g_right = _blocks(g, size).unbind(-3)
-        left, right = scores.unflatten(-3, (-1, 2)).unbind(-3)
+        pairs = scores.shape[-3] // 2
+        left, right = scores.unflatten(-3, (pairs, 2)).unbind(-3)
         q_right, k_left = q_right * g_right.cumsum(-2).exp(), k_left * _later(g_left).exp()
         across = q_right @ k_left.transpose(-1, -2)
         upper = torch.cat([left, torch.zeros_like(left)], -1)
@@ -127,7 +128,8 @@ def _scores_by_channel(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, size: int) -> Tensor:
     """Pairs of blocks: ``[..., c, d] -> [..., pairs, 2, size, d]``."""
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    pairs = x.shape[-2] // (2 * size)
+    return x.reshape(*x.shape[:-2], pairs, 2, size, x.shape[-1])
 
 
 def _later(g: Tensor) -> Tensor:

@@ -192,6 +192,11 @@ def sequence_plan(recipe: SequenceRecipe, mesh: Mesh, *, method: str | None) -> 
     """
     usual = "linear" if isinstance(recipe, LinearLLMRecipe) else "ring"
     chosen = cast("Method", usual if method is None else method)
+    if chosen == "auto":
+        raise SequenceError(
+            "method 'auto' needs measured links, which training does not take yet; name a method, or "
+            "leave --method out"
+        )
     if (chosen == "linear") != (usual == "linear"):
         raise SequenceError(
             f"method {chosen!r} does not fit this model; "
