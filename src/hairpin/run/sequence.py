@@ -194,8 +194,8 @@ def sequence_plan(recipe: SequenceRecipe, mesh: Mesh, *, method: str | None) -> 
     chosen = cast("Method", usual if method is None else method)
     if chosen == "auto":
         raise SequenceError(
-            "method 'auto' needs measured links, which training does not take yet; name a method, or "
-            "leave --method out"
+            "method 'auto' needs measured links, which training does not take yet; name a method, "
+            "or leave --method out"
         )
     if (chosen == "linear") != (usual == "linear"):
         raise SequenceError(
