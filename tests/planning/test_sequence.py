@@ -567,6 +567,32 @@ def test_a_detached_model_of_transformers_is_as_before():
     assert torch.equal(model(input_ids=ids).logits, want)
 
 
+@pytest.mark.parametrize("make", [llama, vit])
+def test_a_copy_keeps_its_plan_when_the_other_comes_off(make):
+    """Copies are made of models under way, for averages of weights; each has its own plan."""
+    transformers_here()
+    model = seeded(make)
+    before = dict(model.__dict__)["config"]._attn_implementation
+    length = 15 if make is llama else 10
+    given = tokens_of(15)["input_ids"] if make is llama else torch.zeros(1, 3, 12, 12, dtype=WIDE)
+    want = model(given).logits
+    hp.parallelize(model, a_plan(length, mask=hp.Mask(causal=make is llama)))
+    twin = copy.deepcopy(model)
+    assert hp.detach(twin) is not None
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == (
+        before,
+        "hairpin",
+    )
+    torch.testing.assert_close(model(given).logits, want, rtol=0, atol=1e-10)
+    assert torch.equal(twin(given).logits, want)
+    hooks = [m for m in twin.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == []
+    assert not any(
+        "forward" in m.__dict__ or "_hairpin_route" in m.__dict__ for m in twin.modules()
+    )
+    assert hp.detach(model) is not None
+
+
 def test_a_batch_that_was_not_cut_is_refused():
     transformers_here()
     model = seeded(llama)

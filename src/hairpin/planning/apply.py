@@ -26,7 +26,7 @@ from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.dropout import GlobalDropout
 from hairpin.planning.looped import attach_loops, detach_loops
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
-from hairpin.planning.routes import Route, route, unroute
+from hairpin.planning.routes import Route, drop_hooks, route, unroute
 from hairpin.planning.seam import bind, manner, stream_name
 from hairpin.planning.sequence import SequencePlan
 
@@ -300,18 +300,7 @@ def detach(model: nn.Module) -> Plan | SequencePlan | None:
         return sequence
     plan = plan_of(model)
     for module in model.modules():
-        registries: list[list[dict[int, Any]]] = [
-            [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
-            [
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ],
-        ]
-        for hooks, *flags in registries:
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-                for registry in (hooks, *flags):
-                    registry.pop(key, None)
+        drop_hooks(module, _is_ours)
         if isinstance(module.__dict__.get("forward"), GlobalDropout):
             del module.__dict__["forward"]
     detach_loops(model)

@@ -78,7 +78,7 @@ def route(model: nn.Module, plan: SequencePlan, way: Route | None = None) -> nn.
     try:
         _route(model, attachment, way)
     except BaseException:
-        attachment.undo()
+        _take_off(model)
         raise
     return model
 
@@ -108,30 +108,53 @@ def unroute(model: nn.Module) -> SequencePlan | None:
     attachment = model.__dict__.get(_MARK)
     if not isinstance(attachment, Attached):
         return None
-    attachment.undo()
+    _take_off(model)
     return attachment.plan
 
 
+def _take_off(model: nn.Module) -> None:
+    """Take off what the modules of this model carry; a copy of it keeps its own."""
+    for module in model.modules():
+        attachment = module.__dict__.pop(_MARK, None)
+        if isinstance(module.__dict__.get("forward"), _ROUTED):
+            del module.__dict__["forward"]
+        drop_hooks(module, lambda hook: isinstance(hook, _STREAM))
+        if isinstance(attachment, Attached) and attachment.before is not None:
+            named: Any = module
+            if _is_transformers(module) and named.config._attn_implementation == _NAME:
+                named.set_attn_implementation(attachment.before)
+
+
+def drop_hooks(module: nn.Module, is_ours: Callable[[object], bool]) -> None:
+    """Remove the forward hooks of a module that are ours."""
+    registries: list[list[dict[int, Any]]] = [
+        [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
+        [
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        ],
+    ]
+    for hooks, *flags in registries:
+        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            for registry in (hooks, *flags):
+                registry.pop(key, None)
+
+
 class Attached:
-    """One plan on one model: what to undo when it comes off."""
+    """One plan on one model.
+
+    Attributes:
+        before: attention implementation that a model of transformers had; None for other models.
+    """
 
     def __init__(self, plan: SequencePlan) -> None:
         self.plan = plan
-        self._undo: list[Callable[[], object]] = []
+        self.before: str | None = None
 
     def mark(self, module: nn.Module) -> None:
         """Let a module know the plan."""
         module.__dict__[_MARK] = self
-        self.later(lambda: module.__dict__.pop(_MARK, None))
-
-    def later(self, undo: Callable[[], object]) -> None:
-        """Remember how to take something off."""
-        self._undo.append(undo)
-
-    def undo(self) -> None:
-        """Take everything off, the last first."""
-        while self._undo:
-            self._undo.pop()()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention over the ranks; ``mask`` refines that of the plan."""
@@ -142,7 +165,6 @@ class Attached:
     def replace_forward(self, module: nn.Module, forward: Callable[..., object]) -> None:
         """Give one module another forward."""
         module.__dict__["forward"] = forward
-        self.later(lambda: module.__dict__.pop("forward", None))
 
 
 def _seed() -> int:
@@ -216,7 +238,6 @@ def _route_transformers(model: nn.Module, attachment: Attached) -> int:
     if not models:
         return 0
     inner = models[0]
-    before = inner.config._attn_implementation
     if not type(inner)._can_set_attn_implementation():
         raise SequenceError(
             f"{type(inner).__name__} does not take attention implementations (transformers' "
@@ -224,8 +245,8 @@ def _route_transformers(model: nn.Module, attachment: Attached) -> int:
             "does, or name its modules with hp.Route(attention=[...])"
         )
     _register()
+    attachment.before = inner.config._attn_implementation
     inner.set_attn_implementation(_NAME)
-    attachment.later(lambda: inner.set_attn_implementation(before))
     for module in inner.modules():
         attachment.mark(module)
     return 1
@@ -382,35 +403,55 @@ def _route_stream(model: nn.Module, path: str, way: Route, attachment: Attached)
             "hp.Route(blocks='...')"
         )
     plan = attachment.plan
+    blocks[0].register_forward_pre_hook(_Enter(plan), with_kwargs=True)
+    if way.along:
+        for block in blocks:
+            block.register_forward_pre_hook(_Beside(plan, way.along), with_kwargs=True)
+    blocks[len(blocks) - 1].register_forward_hook(_Leave(plan))
 
-    def enter(
-        block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Enter:
+    """Cuts the stream before the first block."""
+
+    plan: SequencePlan
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         if args:
-            return (take(args[0], plan.split, 1), *args[1:]), kwargs
+            return (take(args[0], self.plan.split, 1), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: take(kwargs[name], plan.split, 1)}
+        return args, {**kwargs, name: take(kwargs[name], self.plan.split, 1)}
 
-    def beside(
-        block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+@dataclass(frozen=True)
+class _Beside:
+    """Cuts what goes along the stream, before each block."""
+
+    plan: SequencePlan
+    along: Mapping[str, int]
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         bound = _bound(block, args, kwargs)
-        parts = {n: _taken(bound[n], plan, dim) for n, dim in way.along.items() if n in bound}
-        names = list(bound)
-        new = tuple(parts.get(name, x) for name, x in zip(names, args, strict=False))
+        along = {name: dim for name, dim in self.along.items() if name in bound}
+        parts = {name: _taken(bound[name], self.plan, dim) for name, dim in along.items()}
+        new = tuple(parts.get(name, x) for name, x in zip(bound, args, strict=False))
         return new, {name: parts.get(name, x) for name, x in kwargs.items()}
 
-    def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (put_together(output[0], plan.split, 1, grad="replicated"), *output[1:])
-        return put_together(output, plan.split, 1, grad="replicated")
 
-    handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
-    if way.along:
-        handles += [b.register_forward_pre_hook(beside, with_kwargs=True) for b in blocks]
-    handles.append(blocks[len(blocks) - 1].register_forward_hook(leave))
-    for handle in handles:
-        attachment.later(handle.remove)
+@dataclass(frozen=True)
+class _Leave:
+    """Puts the stream together after the last block."""
+
+    plan: SequencePlan
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            whole = put_together(output[0], self.plan.split, 1, grad="replicated")
+            return (whole, *output[1:])
+        return put_together(output, self.plan.split, 1, grad="replicated")
 
 
 def _bound(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,3 +499,7 @@ class _Dropout:
             index = (rows[..., None] * rest + torch.arange(rest)).view(x.shape).to(x.device)
         kept = uniform(index, seed) >= p
         return torch.where(kept, x / (1.0 - p), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+_ROUTED = (_Softmax, _Linear, _Watched, _Dropout)
+_STREAM = (_Enter, _Beside, _Leave)

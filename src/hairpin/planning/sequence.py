@@ -97,7 +97,7 @@ class SequencePlan:
         return part
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        """:func:`hairpin.exchange` under this plan."""
+        """:func:`hairpin.attention` under this plan."""
         return attention(q, k, v, self.split, mask=self.mask, bias=bias)
 
     def linear_attention(
