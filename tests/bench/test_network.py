@@ -20,6 +20,7 @@ from hairpin.run.launch import launch
 
 RATE_BITS_PER_S = 1e8
 CHUNK_BYTES = 1 << 20
+FRAMED = 1.06  # a frame carries at most 1448 bytes behind 66 of headers; and acknowledgements
 
 HOLDER = r"""
 import os, time
@@ -69,7 +70,7 @@ def test_links_are_limited_and_counted():
     with Network(3, rate_bits_per_s=RATE_BITS_PER_S) as wire:
         for time_s, payload_bytes, wire_bytes in launch(exchange, 3, wire, timeout_s=60):
             assert payload_bytes == 2 * CHUNK_BYTES
-            assert payload_bytes < wire_bytes < 1.01 * payload_bytes
+            assert payload_bytes < wire_bytes < FRAMED * payload_bytes
             assert time_s > 0.9 * ideal_s, "the limit did not hold"
 
 
