@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hairpin.exchange.split import SequenceSplit
     from hairpin.layout import Layout
     from hairpin.planning.apply import detach, parallelize, plan_of
+    from hairpin.planning.axial.plan import AxialPlan, plan_axial
     from hairpin.planning.fitted import estimate
     from hairpin.planning.make import plan
     from hairpin.planning.plan import Plan
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionShape": "hairpin.planning.sequence_work",
+    "AxialPlan": "hairpin.planning.axial.plan",
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
     "Mask": "hairpin.exchange.mask",
@@ -65,6 +67,7 @@ _HOMES = {
     "linear_attention": "hairpin.exchange.linear",
     "parallelize": "hairpin.planning.apply",
     "plan": "hairpin.planning.make",
+    "plan_axial": "hairpin.planning.axial.plan",
     "plan_of": "hairpin.planning.apply",
     "plan_sequence": "hairpin.planning.sequence",
     "profile": "hairpin.run.profile",
@@ -76,6 +79,7 @@ _HOMES = {
 
 __all__ = [
     "AttentionShape",
+    "AxialPlan",
     "HairpinError",
     "Layout",
     "Mask",
@@ -101,6 +105,7 @@ __all__ = [
     "linear_attention",
     "parallelize",
     "plan",
+    "plan_axial",
     "plan_of",
     "plan_sequence",
     "profile",

@@ -23,6 +23,8 @@ from hairpin.comm.verbs import Grad
 from hairpin.errors import LayoutError, PlanError
 from hairpin.layout import Pattern, solve_sizes
 from hairpin.planning.attachment import Attachment, LiveMover, Sizes
+from hairpin.planning.axial.attach import AxialSplit, attach_axial, axial_plan_of, detach_axial
+from hairpin.planning.axial.plan import AxialPlan
 from hairpin.planning.dropout import GlobalDropout
 from hairpin.planning.looped import attach_loops, detach_loops
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
@@ -200,7 +202,7 @@ class _AfterOwner(_Hook):
 
 def parallelize(
     model: nn.Module,
-    plan: Plan | SequencePlan,
+    plan: Plan | SequencePlan | AxialPlan,
     mesh: Mesh | DeviceMesh | None = None,
     *,
     other_lengths: bool = False,
@@ -210,7 +212,7 @@ def parallelize(
     """Split ``model`` over the mesh as ``plan`` says, and give blocks their loops.
 
     A sequence plan sends every attention of the model along that sequence over the ranks; it knows
-    its mesh.
+    its mesh. An axial plan splits the stacks of a folding model.
 
     Returns the same model.
 
@@ -235,7 +237,8 @@ def parallelize(
     if isinstance(plan, SequencePlan):
         return route(model, plan, way)
     mesh = Mesh(**{plan.axis: 1}) if mesh is None else as_mesh(mesh)
-    plan.require_model(model)
+    if isinstance(plan, Plan):
+        plan.require_model(model)
     require_bare(model)
     if mesh.size(plan.axis) != plan.degree:
         raise PlanError(
@@ -243,6 +246,8 @@ def parallelize(
             f"{mesh.size(plan.axis)} there; plan again for this mesh"
         )
     mesh.group(plan.axis)
+    if isinstance(plan, AxialPlan):
+        return attach_axial(model, AxialSplit(plan, mesh))
     attach_loops(
         model,
         plan.loops,
@@ -293,11 +298,11 @@ def attach(model: nn.Module, attachment: Attachment) -> None:
         dropout.__dict__["forward"] = GlobalDropout(dropout, site, attachment)
 
 
-def detach(model: nn.Module) -> Plan | SequencePlan | None:
+def detach(model: nn.Module) -> Plan | SequencePlan | AxialPlan | None:
     """Take a plan off a model and return it; None if it carries none."""
-    sequence = unroute(model)
-    if sequence is not None:
-        return sequence
+    other = unroute(model) or detach_axial(model)
+    if other is not None:
+        return other
     plan = plan_of(model)
     for module in model.modules():
         drop_hooks(module, _is_ours)
@@ -311,8 +316,11 @@ def _is_ours(hook: object) -> bool:
     return isinstance(hook, _Hook)
 
 
-def plan_of(model: nn.Module) -> Plan | None:
-    """The plan that a model carries, or None."""
+def plan_of(model: nn.Module) -> Plan | AxialPlan | None:
+    """The plan that a model, or a stack of it, carries, or None."""
+    axial = axial_plan_of(model)
+    if axial is not None:
+        return axial
     hooks: Sequence[object] = list(model._forward_pre_hooks.values())
     marks = (_BeforeModel, _Carries)
     return next((hook.attachment.plan for hook in hooks if isinstance(hook, marks)), None)

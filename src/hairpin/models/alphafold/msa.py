@@ -16,6 +16,7 @@ from hairpin.models.alphafold.primitives import (
 )
 
 _FEWEST = 1e-3  # keeps the mean over no sequences finite
+Operand = tuple[Tensor, Tensor]  # ``[s, r, c_outer]`` and its mask ``[s, r]``
 
 
 class MSARowAttentionWithPairBias(nn.Module):
@@ -93,11 +94,16 @@ class OuterProductMean(nn.Module):
 
     def forward(self, m: Tensor, mask: Tensor) -> Tensor:
         """``m[s, r, c_m], mask[s, r] -> [r, r, c_z]``."""
-        outer, count = self._outer(self.norm(m), mask)  # the operands are not held any longer
+        m = self.norm(m)
+        return self.update(self.left(m, mask), self.right(m, mask))
+
+    def update(self, left: Operand, right: Operand) -> Tensor:
+        """Lines 3 and 4, of all residues i and j that the operands have: ``[i, j, c_z]``."""
+        outer, count = _outer(left, right)
         return self.output(outer.flatten(-2)) / (_FEWEST + count)[..., None]  # type: ignore[no-any-return]
 
-    def _outer(self, m: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the sequences: ``[i, j, c, d]``, and how many have both residues ``[i, j]``."""
-        a, mask_a = self.left(m, mask)  # [s, i, c], [s, i]
-        b, mask_b = self.right(m, mask)  # [s, j, d], [s, j]
-        return torch.einsum("sic,sjd->ijcd", a, b), mask_a.T @ mask_b
+
+def _outer(left: Operand, right: Operand) -> tuple[Tensor, Tensor]:
+    """Sums over the sequences: ``[i, j, c, d]``, and how many have both residues ``[i, j]``."""
+    (a, mask_a), (b, mask_b) = left, right
+    return torch.einsum("sic,sjd->ijcd", a, b), mask_a.T @ mask_b

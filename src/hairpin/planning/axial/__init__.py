@@ -1,0 +1,1 @@
+"""Dynamic axial parallelism: the stacks of a folding model split over ranks."""

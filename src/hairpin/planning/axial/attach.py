@@ -1,0 +1,212 @@
+"""Splitting the stacks of a folding model from outside, and putting them together again.
+
+A stack's forward takes and gives whole tensors. Inside it ``m`` and ``z`` are parts, and a block's
+forward takes and gives those. Masks stay whole, and every length is read off them, so a block may
+run again later, as activation checkpointing makes it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from hairpin.comm.agree import require_agreement
+from hairpin.comm.eager import eager
+from hairpin.comm.mesh import Mesh
+from hairpin.errors import PlanError
+from hairpin.planning.axial.msa import arrives_along, evoformer_block
+from hairpin.planning.axial.pair import pair_stack
+from hairpin.planning.axial.plan import AxialPlan
+from hairpin.planning.axial.way import Way
+from hairpin.planning.routes import drop_hooks
+
+_EVOFORMER = ("outer_product_mean", "msa_transition", "pair_stack")
+_PAIR = ("triangle_multiplication_outgoing", "triangle_attention_ending_node", "pair_transition")
+
+
+@dataclass(frozen=True)
+class AxialSplit:
+    """A plan on a live mesh: what the split forwards share."""
+
+    plan: AxialPlan
+    mesh: Mesh
+
+    def way(self, residues: int, sequences: int = 0) -> Way:
+        """How the tensors of one forward lie and move."""
+        r = residues
+        lengths = {"s": sequences, "r": r, "i": r, "j": r}
+        return Way(self.mesh, self.plan.axis, lengths, self.plan.product, self.plan.passing)
+
+
+@dataclass(eq=False)
+class BeforeModel:
+    """Before a forward: make sure that all ranks are about to do the same."""
+
+    split: AxialSplit
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        split = self.split
+        if split.mesh.size(split.plan.axis) == 1:
+            return
+        words = [
+            f"{''.join(map(str, path)) or 'input'}: {_described(leaf)}"
+            for path, leaf in tree_flatten_with_path((args, kwargs))[0]
+            if isinstance(leaf, (Tensor, bool, int, float, str))
+        ]
+        mode = "training" if module.training else "eval"
+        grad = "grad" if torch.is_grad_enabled() else "no grad"
+        statement = f"{'; '.join(words)}; {mode}, {grad}; {split.plan}"
+        if module.training:
+            state = torch.get_rng_state().numpy().tobytes()
+            digest = hashlib.blake2b(state, digest_size=4).hexdigest()
+            statement += f"; CPU random state {digest}"
+        require_agreement(statement, split.mesh, split.plan.axis)
+
+
+def _described(leaf: Any) -> str:
+    """A number, or a tensor's shape, dtype and the sum of its bits."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    bits = leaf.detach().contiguous().view(-1)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = int(bits.view(words[leaf.element_size()]).sum(dtype=torch.int64))
+    return f"{tuple(leaf.shape)} {leaf.dtype}, bits {total & 0xFFFFFFFF:08x}"
+
+
+@dataclass(eq=False)
+class _Forward:
+    """Stands in for one module's forward; found again by its type."""
+
+    module: Any
+    split: AxialSplit
+
+
+@dataclass(eq=False)
+class _EvoformerStack(_Forward):
+    """``m[s, r, c], z[i, j, c]`` and whole masks, to the same; ``m`` is None of an extra stack."""
+
+    @eager
+    def __call__(
+        self, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        blocks, split = self.module.blocks, self.split
+        if not len(blocks):
+            return m, z
+        way = split.way(m.shape[1], m.shape[0])
+        m = way.part(m, "s r c", arrives_along(blocks[0]))
+        z = way.part(z, "i j c", "j")
+        for block in blocks:
+            m, z = block(m, z, msa_mask, pair_mask)
+        whole = way.whole(z, "i j c", "j")
+        if blocks[0].extra:  # nobody uses it
+            return None, whole.wait()
+        return way.whole(m, "s r c", "r").wait(), whole.wait()
+
+
+@dataclass(eq=False)
+class _EvoformerBlock(_Forward):
+    """A block inside a split stack; the last one leaves ``m`` as it is held there."""
+
+    last: bool
+
+    @eager
+    def __call__(
+        self, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        way = self.split.way(msa_mask.shape[1], msa_mask.shape[0])
+        leaves = "r" if self.last else arrives_along(self.module)
+        return evoformer_block(self.module, m, z, (msa_mask, pair_mask), way, leaves=leaves)
+
+
+@dataclass(eq=False)
+class _TemplateStack(_Forward):
+    """``t[i, j, c]`` and a whole mask, to the same."""
+
+    @eager
+    def __call__(self, t: Tensor, mask: Tensor) -> Tensor:
+        blocks, split = self.module.blocks, self.split
+        way = split.way(t.shape[0])
+        t = way.part(t, "i j c", "i")
+        for block in blocks:
+            t = block(t, mask)
+        t = self.module.output_layer_norm(t)
+        return way.whole(t, "i j c", _leaves(blocks[-1])).wait()
+
+
+@dataclass(eq=False)
+class _PairStack(_Forward):
+    """A block of pairs inside a split stack."""
+
+    arrives: str
+
+    @eager
+    def __call__(self, z: Tensor, mask: Tensor) -> Tensor:
+        way = self.split.way(mask.shape[0])
+        return pair_stack(self.module, z, mask, way, self.arrives)[0]
+
+
+def _leaves(stack: Any) -> str:
+    """How pairs are held after a block of them."""
+    return "i" if stack.attention_first else "j"
+
+
+def attach_axial(model: nn.Module, split: AxialSplit) -> nn.Module:
+    """Split every Evoformer, extra MSA and template pair stack of ``model``.
+
+    Raises:
+        PlanError: it has none.
+    """
+    stand_ins = [stand_in for module in model.modules() for stand_in in _stand_ins(module, split)]
+    if not stand_ins:
+        raise PlanError(
+            f"{type(model).__name__} has no stack of Evoformer blocks or of pair blocks; give an "
+            "AlphaFold, or a stack of one"
+        )
+    for stand_in in stand_ins:
+        stand_in.module.__dict__["forward"] = stand_in
+    model.register_forward_pre_hook(BeforeModel(split), with_kwargs=True, prepend=True)
+    return model
+
+
+def detach_axial(model: nn.Module) -> AxialPlan | None:
+    """Give every stack its own forward back; the plan, or None if there was none."""
+    plan = None
+    drop_hooks(model, lambda hook: isinstance(hook, BeforeModel))
+    for module in model.modules():
+        stand_in = module.__dict__.get("forward")
+        if isinstance(stand_in, _Forward):
+            plan = stand_in.split.plan
+            del module.__dict__["forward"]
+    return plan
+
+
+def axial_plan_of(model: nn.Module) -> AxialPlan | None:
+    """The axial plan that a model, or any stack in it, carries, or None."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return next((f.split.plan for f in forwards if isinstance(f, _Forward)), None)
+
+
+def _stand_ins(module: Any, split: AxialSplit) -> Iterator[_Forward]:
+    """What a stack and its blocks are to run instead of their forwards."""
+    blocks = getattr(module, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        return
+    if all(_has(block, _EVOFORMER) for block in blocks):
+        yield _EvoformerStack(module, split)
+        for block in blocks:
+            yield _EvoformerBlock(block, split, last=block is blocks[-1])
+    elif all(_has(block, _PAIR) for block in blocks):
+        yield _TemplateStack(module, split)
+        arrives = "i"
+        for block in blocks:
+            yield _PairStack(block, split, arrives)
+            arrives = _leaves(block)
+
+
+def _has(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)

@@ -1,0 +1,130 @@
+"""One block of the Evoformer, split (Jumper et al. 2021, Suppl. Algs 6 and 18).
+
+``m[s, r, c]`` is held along s for row attention and along r for all that follows. In the monomer's
+order it arrives along s: the turn back is started before the pair updates and awaited after them.
+In the multimer's order, where the outer product comes first, it arrives along r.
+
+``z[i, j, c]`` arrives along j, as the last block's transition left it. Its bias is made there, and
+it turns to i behind row and column attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hairpin.planning.axial.attention import Bias, attend, crossing
+from hairpin.planning.axial.pair import pair_stack
+from hairpin.planning.axial.way import Way
+
+Module = Any  # one of the model's, which this floor does not import
+
+
+def arrives_along(block: Module) -> str:
+    """How ``m`` is held where a block begins."""
+    return "r" if block.outer_first else "s"
+
+
+def evoformer_block(
+    block: Module,
+    m: Tensor,
+    z: Tensor,
+    masks: tuple[Tensor, Tensor],
+    way: Way,
+    *,
+    leaves: str,
+) -> tuple[Tensor, Tensor]:
+    """``m[s, r, c], z[i, j, c]`` to the same.
+
+    Args:
+        m: held as :func:`arrives_along` says; z: held along j.
+        masks: of the MSA ``[s, r]`` and of pairs ``[i, j]``, whole.
+        leaves: how the new ``m`` is to be held.
+    """
+    order = _outer_first if block.outer_first else _outer_last
+    return order(block, m, z, masks, way, leaves=leaves)
+
+
+def _outer_last(
+    block: Module,
+    m: Tensor,
+    z: Tensor,
+    masks: tuple[Tensor, Tensor],
+    way: Way,
+    *,
+    leaves: str,
+) -> tuple[Tensor, Tensor]:
+    """The monomer's order."""
+    msa_mask, pair_mask = masks
+    bias = _row_bias(block, z, way)
+    turning = way.turn(z, "i j c", "j", "i")
+    m = _rows(block, m, bias, msa_mask, way)
+    m = _columns(block, way.turn(m, "s r c", "s", "r").wait(), msa_mask, way)
+    back = way.turn(m, "s r c", "r", leaves)
+    z = turning.wait()
+    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "i")
+    z, _ = pair_stack(block.pair_stack, z, pair_mask, way, "i")
+    return back.wait(), z
+
+
+def _outer_first(
+    block: Module,
+    m: Tensor,
+    z: Tensor,
+    masks: tuple[Tensor, Tensor],
+    way: Way,
+    *,
+    leaves: str,
+) -> tuple[Tensor, Tensor]:
+    """The multimer's order: pairs learn first, and their bias is of what they have learned."""
+    msa_mask, pair_mask = masks
+    by_sequence = way.turn(m, "s r c", "r", "s")
+    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "j")
+    bias = _row_bias(block, z, way)
+    turning = way.turn(z, "i j c", "j", "i")
+    m = _rows(block, by_sequence.wait(), bias, msa_mask, way)
+    m = _columns(block, way.turn(m, "s r c", "s", "r").wait(), msa_mask, way)
+    back = way.turn(m, "s r c", "r", leaves)
+    z, _ = pair_stack(block.pair_stack, turning.wait(), pair_mask, way, "i")
+    return back.wait(), z
+
+
+def _row_bias(block: Module, z: Tensor, way: Way) -> Bias:
+    return crossing(block.msa_row_attention_with_pair_bias.pair_bias(z), "k", way)
+
+
+def _rows(block: Module, m: Tensor, bias: Bias, mask: Tensor, way: Way) -> Tensor:
+    """Suppl. Alg. 7, ``m`` held along s."""
+    row = block.msa_row_attention_with_pair_bias
+    update = attend(row.attention, row.query_norm(m), mask[way.mine("s")], bias, way)
+    return block.msa_dropout(update, m)  # type: ignore[no-any-return]
+
+
+def _columns(block: Module, m: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Suppl. Algs 8 or 19, and 9, ``m`` held along r."""
+    name = "msa_column_global_attention" if block.extra else "msa_column_attention"
+    m = m + getattr(block, name)(m, mask[:, way.mine("r")])
+    return m + block.msa_transition(m)  # type: ignore[no-any-return]
+
+
+def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held: str) -> Tensor:
+    """Suppl. Alg. 10, ``m`` held along r: the update ``[i, j, c_z]``, held along ``held``.
+
+    The operand of the other dim is gathered, or its parts pass by.
+    """
+    m = module.norm(m)
+    mine = mask[:, way.mine("r")]
+    sides = [module.left, module.right]
+    near, far = sides if held == "i" else sides[::-1]
+    crosses, _ = far(m, mine)
+    if way.passing == "gather" or way.degree == 1:
+        coming = way.whole(crosses, "s r c", "r")
+        own = near(m, mine)
+        pair = [own, (coming.wait(), mask)]
+        return module.update(*(pair if held == "i" else pair[::-1]))  # type: ignore[no-any-return]
+    own = near(m, mine)
+    found = {}
+    for rows, part in way.passing_by(crosses, "s r c", "r"):
+        pair = [own, (part, mask[:, rows])]
+        found[rows.start, rows.stop] = module.update(*(pair if held == "i" else pair[::-1]))
+    return torch.cat([found[rows] for rows in sorted(found)], 1 if held == "i" else 0)

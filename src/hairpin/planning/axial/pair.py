@@ -1,0 +1,106 @@
+"""The updates of a pair representation that is split (Jumper et al. 2021, Suppl. Algs 11 to 15).
+
+``z[i, j, c]`` is held along i; only attention around the ending node and the transition after it
+run along j. So a block turns ``z`` twice. Published dynamic axial parallelism (FastFold, Cheng et
+al. 2022) turns it four times: here the incoming product stays held along i, where each rank has the
+terms of its own third residues, and adds the terms up over the ranks.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hairpin import kernels
+from hairpin.comm.pending import Pending
+from hairpin.planning.axial.attention import attend, crossing
+from hairpin.planning.axial.products import ring_incoming, ring_outgoing
+from hairpin.planning.axial.way import Way
+
+Module = Any  # one of the model's, which this floor does not import
+
+
+def pair_stack(stack: Module, z: Tensor, mask: Tensor, way: Way, held: str) -> tuple[Tensor, str]:
+    """All updates of one block of pairs.
+
+    Args:
+        stack: has the submodules of the model's ``PairStack``.
+        z: ``[i, j, c]``, held along ``held``.
+        mask: whole, ``[i, j]``.
+
+    Returns:
+        ``z`` and how it is held then.
+    """
+    if stack.attention_first:
+        z = _attend(stack, _held(z, held, "i", way), mask, way)
+        z = _multiply(stack, _held(z, "j", "i", way), mask, way)
+        return z + stack.pair_transition(z), "i"
+    z = _attend(stack, _multiply(stack, _held(z, held, "i", way), mask, way), mask, way)
+    return z + stack.pair_transition(z), "j"
+
+
+def _held(z: Tensor, src: str, dst: str, way: Way) -> Tensor:
+    return z if src == dst else way.turn(z, "i j c", src, dst).wait()
+
+
+def _multiply(stack: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Both triangle products, ``z`` held along i."""
+    for update in (stack.triangle_multiplication_outgoing, stack.triangle_multiplication_incoming):
+        z = stack.dropout_row(_triangle_product(update, z, mask[way.mine("i")], way), z)
+    return z
+
+
+def _attend(stack: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Both triangle attentions: ``z`` held along i, then along j."""
+    starting, ending = stack.triangle_attention_starting_node, stack.triangle_attention_ending_node
+    z = stack.dropout_row(_triangle_attention(starting, z, mask[way.mine("i")], way), z)
+    z = _held(z, "i", "j", way)
+    columns = mask.T[way.mine("j")]
+    update = _triangle_attention(ending, z.transpose(0, 1), columns, way).transpose(0, 1)
+    return stack.dropout_column(update, z)  # type: ignore[no-any-return]
+
+
+def _triangle_attention(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Suppl. Alg. 13 or, of transposed pairs, 14; ``z[i, j, c], mask[i, j]`` held along i."""
+    z = module.query_norm(z)
+    bias = crossing(module.pair_bias(z), "q", way)
+    return attend(module.attention, z, mask, bias, way)
+
+
+def _triangle_product(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Suppl. Alg. 11 or 12: ``z[i, j, c]`` and ``mask[i, j]`` held along i."""
+    z = module.norm(z)
+    a, b = module.operands(z, mask)
+    product = _PRODUCTS[way.product](module.product, a, b, way)
+    gate = module.gating_linear(z)
+    update: Tensor = module.output_projection(module.center_norm(product.wait()))
+    return kernels.gated_residual(update, gate=gate)
+
+
+# ------------------------------------------------------------------------- how products cross
+
+
+def _gathered(product: nn.Module, a: Tensor, b: Tensor, way: Way) -> Pending:
+    """The right operand whole on every rank; or its terms whole, and added up."""
+    if product.outgoing:
+        right = way.whole(b, "i j c", "i")
+        return Pending(lambda: product(a, right.wait()))
+    return way.summed(product(a, b), "i j c", "i")
+
+
+def _around(product: nn.Module, a: Tensor, b: Tensor, way: Way) -> Pending:
+    """The right operand passes by; or the terms do, and grow on their way."""
+    ring = ring_outgoing if product.outgoing else ring_incoming
+    done = ring(a, b, way)
+    return Pending(lambda: done)
+
+
+def _by_channels(product: nn.Module, a: Tensor, b: Tensor, way: Way) -> Pending:
+    """Channels do not meet in a product: each rank computes some of them, of all pairs."""
+    channels = a.shape[-1]
+    left, right = (way.turn(x, "i j c", "i", "c") for x in (a, b))
+    whole = product(left.wait(), right.wait())
+    by_channel = Way(way.mesh, way.axis, {**way.lengths, "c": channels})
+    return by_channel.turn(whole, "i j c", "c", "i")
+
+
+_PRODUCTS = {"gather": _gathered, "ring": _around, "channels": _by_channels}
