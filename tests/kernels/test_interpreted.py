@@ -39,6 +39,7 @@ def test_each_kernel_gives_the_formula_and_its_gradients(operation):
     assert found["wrong"] == []
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found_out():
     """The comparison itself: a twin that scales its queries wrongly."""
     code = """

@@ -12,6 +12,7 @@ from hairpin.errors import DisagreementError, HairpinError
 from hairpin.layout import Layout
 from hairpin.planning.dropout import drop
 from hairpin.run.launch import launch
+from marks import slow
 from planning.toys import ATTENDS, Along, Video, video_arguments
 from planning.truth import (
     Case,
@@ -118,7 +119,7 @@ def one_rank():
     return results_on(1)[0]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [slow(2), 3, slow(4)])
 def test_the_same_masks_on_any_number_of_ranks(one_rank, ranks):
     for rank, results in enumerate(results_on(ranks)):
         for case, got, wanted in zip(CASES, results, one_rank, strict=True):

@@ -5,16 +5,10 @@ import torch
 
 from hairpin.models import axial3d, video_dit
 from hairpin.models.video_dit.model import VideoDiT, tiny
+from marks import slow
 from planning.toys import Video, axial_case, video_arguments, video_case
 from planning.truth import Case, check, randomised, seeded
-
-WORLDS = [
-    1,
-    2,
-    3,
-    4,
-    pytest.param(6, marks=pytest.mark.slow),
-    pytest.param(8, marks=pytest.mark.slow),
+WORLDS = [1, slow(2), 3, 4, slow(6), slow(8)]
 ]
 worlds = pytest.mark.parametrize("ranks", WORLDS)
 
@@ -102,7 +96,7 @@ OTHERS = tuple(
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, slow(2), slow(3), 4])
 def test_another_shape_than_the_planned_one(ranks):
     check(OTHERS, ranks)
 

@@ -13,10 +13,11 @@ import hairpin as hp
 from hairpin.models import video_dit
 from hairpin.models.video_dit.model import VideoDiT, tiny
 from hairpin.run.launch import launch
+from marks import slow
 from planning.toys import ATTENDS, Along, Video, video_arguments, video_case
 from planning.truth import Case, check, loss_of, randomised, require_close, seeded
 
-WORLDS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+WORLDS = pytest.mark.parametrize("ranks", [1, slow(2), 3, slow(4)])
 MODES = {"reentrant": True, "not reentrant": False}
 
 

@@ -224,6 +224,7 @@ def test_outputs_of_all_kinds(x):
     assert difference(tree_leaves(got), tree_leaves(expected), 1e-12) is None
 
 
+@pytest.mark.slow
 def test_a_module_at_two_places_and_one_called_with_two_shapes(x):
     def function(self, x):
         y = self.a(x)

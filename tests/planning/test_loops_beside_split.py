@@ -52,6 +52,7 @@ def test_an_unedited_evoformer_block_keeps_to_a_budget_on_each_rank(attends, ran
         assert peak <= plan.peak_bytes <= budget
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_loops_meet_names_the_floor(attends):
     with pytest.raises(MemoryBudgetError, match="the floor is about") as caught:
         hp.plan(block(), inputs(), hp.Mesh(sp=2), attends=attends, memory="20KB")

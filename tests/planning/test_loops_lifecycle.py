@@ -106,6 +106,7 @@ def test_weights_are_read_when_the_model_runs(plan):
     assert difference([got], [eager(model)], 1e-12) is None
 
 
+@pytest.mark.slow
 def test_two_models_carry_two_plans(plan):
     first, second = stack(), Block().double().eval()
     other = planned(second, (X,), 0.8)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import hairpin as hp
 from hairpin.run.launch import launch
+from marks import slow
 from planning.toys import ATTENDS, Along, Video, video_arguments, video_case
 from planning.truth import Case, check, randomised, require_close, seeded
 
@@ -291,7 +292,7 @@ MODELS = (
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, slow(2), 3, slow(4)])
 def test_models(ranks):
     check(MODELS, ranks)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.run.profile import peak_cpu_bytes
+from marks import slow
 
 
 class Layer(nn.Module):
@@ -137,7 +138,7 @@ class Headed(Masked):
         return self.head(x).logsumexp(-1).mean()
 
 
-@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("with_head", [False, slow(True)])
 def test_a_call_without_an_argument_trains_too(with_head: bool) -> None:
     torch.manual_seed(0)
     model = (Headed() if with_head else Masked()).double().train()

@@ -9,6 +9,7 @@ import torch
 import hairpin as hp
 from hairpin.errors import HairpinError
 from hairpin.models.third_party.latte import ATTENDS
+from marks import slow
 from planning.truth import Case, check, randomised, seeded
 
 diffusers = pytest.importorskip(
@@ -62,7 +63,7 @@ def latte(frames: int, *, checkpointed: bool = False) -> Case:
 CASES = tuple(latte(frames, checkpointed=mode) for frames in (16, 7) for mode in (False, True))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, slow(2), 3, slow(4)])
 def test_values_and_gradients_equal_one_process(ranks):
     plans = check(CASES, ranks)
     assert plans[0] == plans[1]  # checkpointing changes no plan

@@ -8,6 +8,7 @@ import torch
 import hairpin as hp
 from hairpin.errors import HairpinError
 from hairpin.models.third_party.msa_transformer import ATTENDS
+from marks import slow
 from planning.truth import Case, check, randomised
 
 esm = pytest.importorskip("esm", reason="fair-esm is not installed (pip install hairpin[hf])")
@@ -62,7 +63,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, slow(2), slow(3), 4])
 def test_values_and_gradients_equal_one_process(ranks):
     plans = check(CASES, ranks)
     if ranks > 1:
