@@ -8,8 +8,8 @@ from hairpin.models.video_dit.model import VideoDiT, tiny
 from marks import slow
 from planning.toys import Video, axial_case, video_arguments, video_case
 from planning.truth import Case, check, randomised, seeded
+
 WORLDS = [1, slow(2), 3, 4, slow(6), slow(8)]
-]
 worlds = pytest.mark.parametrize("ranks", WORLDS)
 
 
