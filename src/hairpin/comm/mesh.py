@@ -113,6 +113,11 @@ class Mesh:
         return self._live is not None or self.world == 1
 
     @property
+    def is_rehearsal(self) -> bool:
+        """Whether transfers are counted and not made."""
+        return False
+
+    @property
     def device_mesh(self) -> DeviceMesh:
         """torch's own mesh with the same axes, for FSDP2, tensor parallel and checkpoints."""
         return self._running().device_mesh

@@ -6,7 +6,6 @@ run again later, as activation checkpointing makes it.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,9 @@ from hairpin.errors import PlanError
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.pair import pair_stack
 from hairpin.planning.axial.plan import AxialPlan
+from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks
 from hairpin.planning.axial.way import Way
 from hairpin.planning.routes import drop_hooks
-
-_EVOFORMER = ("outer_product_mean", "msa_transition", "pair_stack")
-_PAIR = ("triangle_multiplication_outgoing", "triangle_attention_ending_node", "pair_transition")
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class BeforeModel:
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         split = self.split
-        if split.mesh.size(split.plan.axis) == 1:
+        if split.mesh.size(split.plan.axis) == 1 or split.mesh.is_rehearsal:
             return
         words = [
             f"{''.join(map(str, path)) or 'input'}: {_described(leaf)}"
@@ -161,7 +158,7 @@ def attach_axial(model: nn.Module, split: AxialSplit) -> nn.Module:
     Raises:
         PlanError: it has none.
     """
-    stand_ins = [stand_in for module in model.modules() for stand_in in _stand_ins(module, split)]
+    stand_ins = _stand_ins(model, split)
     if not stand_ins:
         raise PlanError(
             f"{type(model).__name__} has no stack of Evoformer blocks or of pair blocks; give an "
@@ -191,22 +188,16 @@ def axial_plan_of(model: nn.Module) -> AxialPlan | None:
     return next((f.split.plan for f in forwards if isinstance(f, _Forward)), None)
 
 
-def _stand_ins(module: Any, split: AxialSplit) -> Iterator[_Forward]:
-    """What a stack and its blocks are to run instead of their forwards."""
-    blocks = getattr(module, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        return
-    if all(_has(block, _EVOFORMER) for block in blocks):
-        yield _EvoformerStack(module, split)
-        for block in blocks:
-            yield _EvoformerBlock(block, split, last=block is blocks[-1])
-    elif all(_has(block, _PAIR) for block in blocks):
-        yield _TemplateStack(module, split)
-        arrives = "i"
-        for block in blocks:
-            yield _PairStack(block, split, arrives)
-            arrives = _leaves(block)
-
-
-def _has(module: nn.Module, names: tuple[str, ...]) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+def _stand_ins(model: nn.Module, split: AxialSplit) -> list[_Forward]:
+    """What stacks and their blocks are to run instead of their forwards."""
+    found: list[_Forward] = []
+    for stack in evoformer_stacks(model):
+        found.append(_EvoformerStack(stack, split))
+        found += [_EvoformerBlock(b, split, last=b is stack.blocks[-1]) for b in stack.blocks]
+    for stack in pair_stacks(model):
+        found.append(_TemplateStack(stack, split))
+        arrives = ["i", *(_leaves(block) for block in stack.blocks)]
+        found += [
+            _PairStack(b, split, held) for b, held in zip(stack.blocks, arrives, strict=False)
+        ]
+    return found

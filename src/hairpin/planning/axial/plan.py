@@ -1,13 +1,30 @@
 """How a folding model is split: data, made by hand or chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
+import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from hairpin.comm.mesh import Mesh, as_mesh
+from hairpin.comm.topology import Tier, Topology
 from hairpin.errors import PlanError
+from hairpin.planning.axial.choose import (
+    Candidate,
+    Lengths,
+    block_of,
+    candidates,
+    fastest,
+    table,
+    transfers,
+)
+from hairpin.planning.axial.cost import Speeds
+from hairpin.planning.axial.stacks import evoformer_stacks
 from hairpin.planning.axial.way import Passing, Product
+from hairpin.units import parse_bytes
+
+_LINK = Tier(1e-5, 50e9)  # of the order of GPUs in one host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +38,15 @@ class AxialPlan:
             2022), ``"ring"``: its parts pass by, or ``"channels"``: each rank computes some
             channels of all pairs.
         passing: how pair biases and the outer product's operand do: ``"gather"`` or ``"ring"``.
+        candidates: what each way would take for a block, the fastest first; none if one was asked
+            for.
     """
 
     axis: str = "sp"
     degree: int = 1
     product: Product = "gather"
     passing: Passing = "gather"
+    candidates: tuple[Candidate, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, kinds in (("product", get_args(Product)), ("passing", get_args(Passing))):
@@ -35,25 +55,90 @@ class AxialPlan:
         if self.degree < 1:
             raise PlanError(f"degree={self.degree}; an axis has at least one rank")
 
+    def explain(self) -> str:
+        """The plan for people: of a chosen one, what each way takes and what hides behind what."""
+        head = (
+            f"dynamic axial parallelism over {self.degree} ranks of axis '{self.axis}': triangle "
+            f"products by {self.product}, biases by {self.passing}"
+        )
+        if not self.candidates:
+            return head
+        chosen = next(c for c in self.candidates if self._is(c))
+        parts = [head, "one Evoformer block on one rank:", table(self.candidates)]
+        return "\n\n".join([*parts, "its exchanges:", transfers(chosen)])
+
+    def _is(self, candidate: Candidate) -> bool:
+        return (candidate.product, candidate.passing) == (self.product, self.passing)
+
 
 def plan_axial(
     mesh: Mesh | DeviceMesh,
+    model: nn.Module | None = None,
     *,
     axis: str = "sp",
-    product: Product = "gather",
-    passing: Passing = "gather",
+    product: Product | None = None,
+    passing: Passing | None = None,
+    sequences: int | None = None,
+    residues: int | None = None,
+    topology: Topology | None = None,
+    memory: int | str | None = None,
+    backward: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> AxialPlan:
     """Plan the split of a folding model over the ranks of a mesh axis.
 
+    With a model, every way is rehearsed on shapes and the fastest that fits is chosen. Without one,
+    ``product`` and ``passing`` say how; both gather if left out.
+
     Args:
         mesh: live, or a description.
+        model: an AlphaFold, or a part of one with Evoformer blocks.
         axis: of the mesh.
         product: how triangle products cross the ranks, see :class:`AxialPlan`.
         passing: how pair biases do.
+        sequences: of the MSA; residues: of the protein. Both are needed with a model.
+        topology: the ranks' links and speeds, from ``hp.Topology.measure`` or by hand; links of
+            50 GB/s and the topology's default speeds if left out.
+        memory: bytes, or text such as ``"2GiB"``, that one block may hold on a rank.
+        backward: plan for training.
+        dtype: of the representations.
 
     Raises:
-        PlanError: a way that does not exist.
+        MemoryBudgetError: no way holds as little as ``memory``.
+        PlanError: a way that does not exist, a model without blocks, or lengths left out.
         MeshError: no such axis.
     """
     degree = as_mesh(mesh).size(axis)
-    return AxialPlan(axis=axis, degree=degree, product=product, passing=passing)
+    if model is None:
+        if (sequences, residues, topology, memory) != (None,) * 4:
+            raise PlanError(
+                "sequences, residues, topology and memory choose a way for a model: give the model"
+            )
+        return AxialPlan(
+            axis=axis, degree=degree, product=product or "gather", passing=passing or "gather"
+        )
+    if sequences is None or residues is None:
+        raise PlanError("a way is chosen for a size: give sequences=... and residues=...")
+    topology = Topology.flat(degree, _LINK) if topology is None else topology
+    if topology.ranks != degree:
+        raise PlanError(
+            f"the topology is of {topology.ranks} ranks and axis {axis!r} has {degree}; measure it "
+            "on this axis"
+        )
+    block = block_of(model, evoformer_stacks(model))
+    found = candidates(
+        block,
+        degree,
+        Lengths(sequences, residues, dtype, backward),
+        Speeds.of(topology),
+        None if memory is None else parse_bytes(memory),
+    )
+    asked = tuple(c for c in found if product in (None, c.product) and passing in (None, c.passing))
+    best = fastest(asked, memory)
+    return AxialPlan(
+        axis=axis,
+        degree=degree,
+        product=best.product,
+        passing=best.passing,
+        candidates=asked,
+    )

@@ -1,0 +1,176 @@
+"""What a rehearsal reads off is what a rank does; the choice follows from it."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hairpin as hp
+from hairpin.comm.rehearsal import RehearsalMesh, Sent, Work
+from hairpin.comm.topology import Tier, Topology
+from hairpin.errors import MemoryBudgetError, MeshError, PlanError
+from hairpin.models.alphafold import presets
+from hairpin.models.alphafold.evoformer import EvoformerStack
+from hairpin.planning.axial.attach import AxialSplit, attach_axial
+from hairpin.planning.axial.choose import Lengths, rehearse_block
+from hairpin.planning.axial.cost import Rehearsed, Speeds, predict, rehearse
+from hairpin.run.launch import launch
+from hairpin.run.profile import peak_cpu_bytes
+from planning.test_axial import WAYS
+
+S, R = 9, 22
+_SMALL = 4096  # bytes that ranks take to agree before they begin
+
+
+def stack(blocks=1, *, device="cpu", multimer=False):
+    with torch.device(device):
+        return EvoformerStack(presets.tiny(multimer=multimer).evoformer, blocks).eval()
+
+
+def arguments(device="cpu"):
+    shapes = (S, R, 16), (R, R, 16), (S, R), (R, R)
+    return [torch.ones(shape, device=device) for shape in shapes]
+
+
+def rehearsed(rank, world, product, passing, *, backward):
+    mesh = RehearsalMesh(rank, sp=world)
+    model = stack(device="meta")
+    plan = hp.plan_axial(mesh, product=product, passing=passing)
+    attach_axial(model, AxialSplit(plan, mesh))
+    return rehearse(model, arguments("meta"), mesh, backward=backward)
+
+
+def check_counts(backward):
+    mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
+    for product, passing in WAYS:
+        model = stack().requires_grad_(backward)
+        hp.parallelize(model, hp.plan_axial(mesh, product=product, passing=passing), mesh)
+        args = arguments()
+
+        def step(model=model, args=args):
+            m, z = model(*args)
+            if backward:
+                (m.sum() + z.sum()).backward()
+
+        before = mesh.traffic.snapshot()
+        step()
+        sent = mesh.traffic.since(before)
+        told = rehearsed(mesh.rank("sp"), mesh.world, product, passing, backward=backward)
+        assert told.sent_bytes == sent.bytes_sent, (product, passing)
+        assert len(told.sent) == sent.collectives, (product, passing)
+        if not backward:
+            peak = peak_cpu_bytes(step)
+            assert abs(told.peak_bytes - peak) <= _SMALL, (product, passing, peak)
+
+
+@pytest.mark.parametrize(("world", "backward"), [(4, False), (3, True)])
+def test_a_rehearsal_tells_what_each_rank_sends_and_holds(world, backward):
+    launch(check_counts, world, backward)
+
+
+def test_fewer_bytes_than_published():
+    """Two turns of z instead of four, and no padding (FastFold pads r to a multiple plus one)."""
+    lengths = Lengths(sequences=8, residues=24)
+    with torch.device("meta"):
+        block = stack().blocks[0].to("meta")
+    run = rehearse_block(block, 4, lengths, product="gather", passing="gather")
+    s, r, c, h, outer = 8, 24, 16, 2, 8
+    turns = 2 * s * r * c * 3 / 16 + 2 * r * r * c * 3 / 16
+    whole = (3 * h * r * r + s * r * outer + 2 * r * r * c) * 3 / 4
+    assert run.sent_bytes == 4 * (turns + whole)
+
+
+def test_rings_and_channels_hold_a_part():
+    lengths = Lengths(sequences=16, residues=64)
+    block = stack(device="meta").blocks[0]
+    alone = rehearse_block(block, 1, lengths, product="gather", passing="gather").peak_bytes
+    for product in ("ring", "channels"):
+        run = rehearse_block(block, 4, lengths, product=product, passing="ring")
+        assert run.peak_bytes <= 1.15 * alone / 4
+    run = rehearse_block(block, 4, lengths, product="gather", passing="gather")
+    assert run.peak_bytes > 1.15 * alone / 4
+
+
+# --------------------------------------------------------------------------------- laying out
+
+
+SPEEDS = Speeds(1.0, float("inf"), Tier(0.0, 1.0), Tier(0.0, 0.5))
+
+
+def exchange(nbytes, started, awaited, messages=1):
+    return Sent("x", nbytes, messages, Work(started), Work(awaited))
+
+
+def test_a_transfer_behind_enough_work_costs_nothing():
+    run = Rehearsed((exchange(3, 1, 5),), 0, Work(10))
+    laid_out = predict(run, SPEEDS)
+    assert laid_out.time_s == laid_out.compute_s == 10
+    assert (laid_out.exposed_s, laid_out.hideable_s) == ((0.0,), (3.0,))
+
+
+def test_a_transfer_behind_too_little_is_waited_for():
+    laid_out = predict(Rehearsed((exchange(3, 1, 2),), 0, Work(10)), SPEEDS)
+    assert (laid_out.time_s, laid_out.exposed_s, laid_out.hideable_s) == (12.0, (2.0,), (1.0,))
+
+
+def test_transfers_take_turns_on_a_link():
+    run = Rehearsed((exchange(4, 0, 6), exchange(4, 0, 6)), 0, Work(6))
+    assert predict(run, SPEEDS).time_s == 8.0
+
+
+def test_all_to_all_has_its_own_speed():
+    assert predict(Rehearsed((exchange(4, 0, 0, messages=3),), 0, Work(1)), SPEEDS).time_s == 9.0
+
+
+# -------------------------------------------------------------------------------------- choosing
+
+
+def chosen(link, **words):
+    model = stack(device="meta")
+    topology = Topology.flat(8, link)
+    return hp.plan_axial(
+        hp.Mesh(sp=8), model, sequences=16, residues=64, topology=topology, **words
+    )
+
+
+def test_slow_links_choose_the_fewest_bytes():
+    plan = chosen(Tier(0.0, 1e3))
+    assert plan.product == "channels"
+    least = min(c.run.sent_bytes for c in plan.candidates)
+    mine = next(
+        c for c in plan.candidates if (c.product, c.passing) == (plan.product, plan.passing)
+    )
+    assert mine.run.sent_bytes == least
+    text = plan.explain()
+    assert "by channels" in text
+    assert "switch 'i/axis j c'" in text
+
+
+def test_memory_leaves_out_what_holds_too_much():
+    plan = chosen(Tier(0.0, 1e3))
+    held = {c.run.peak_bytes for c in plan.candidates}
+    tight = chosen(Tier(0.0, 1e3), memory=min(held))
+    assert next(c for c in tight.candidates if c.fits).run.peak_bytes == min(held)
+    with pytest.raises(MemoryBudgetError, match="no way of splitting holds one block in 10"):
+        chosen(Tier(0.0, 1e3), memory=10)
+
+
+def test_a_way_may_be_asked_for():
+    assert chosen(Tier(0.0, 1e3), product="ring").product == "ring"
+
+
+def test_what_cannot_be_planned_is_refused():
+    model = stack(device="meta")
+    with pytest.raises(PlanError, match=r"give sequences=\.\.\. and residues"):
+        hp.plan_axial(hp.Mesh(sp=2), model)
+    with pytest.raises(PlanError, match="give the model"):
+        hp.plan_axial(hp.Mesh(sp=2), memory="1GiB")
+    topology = Topology.flat(3, Tier(0.0, 1e9))
+    with pytest.raises(PlanError, match="topology is of 3 ranks and axis 'sp' has 2"):
+        hp.plan_axial(hp.Mesh(sp=2), model, sequences=2, residues=3, topology=topology)
+    with pytest.raises(PlanError, match="Linear has no stack"):
+        hp.plan_axial(hp.Mesh(sp=2), torch.nn.Linear(1, 1), sequences=2, residues=3)
+    with pytest.raises(MeshError, match="has no rank 4; play one of 0 to 3"):
+        RehearsalMesh(4, sp=4)
+    assert replace(hp.plan_axial(hp.Mesh(sp=2)), degree=3).degree == 3
