@@ -19,7 +19,12 @@ from hairpin.run.launch import launch
 from planning import truth
 from trunk_oracle import random_features, randomize
 
-WAYS = list(itertools.product(["gather", "ring", "channels"], ["gather", "ring"]))
+WAYS = [
+    *itertools.product(["gather", "ring", "channels"], ["gather", "ring"], [1]),
+    ("gather", "gather", 2),
+    ("channels", "gather", 3),
+    ("channels", "ring", 20),
+]
 SIZES = {"uneven": (7, 13), "tiny": (2, 3), "one": (1, 1)}
 
 
@@ -91,9 +96,9 @@ def split_run(case, mesh, **words):
 def check_stack(case, ways):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
     wanted = truth.truth_of(case)
-    for product, passing in ways:
-        got = split_run(case, mesh, product=product, passing=passing)
-        truth.require_equal(got, wanted, f"{case.name}, {product}, {passing}")
+    for way in ways:
+        got = split_run(case, mesh, **dict(zip(("product", "passing", "pieces"), way, strict=True)))
+        truth.require_equal(got, wanted, f"{case.name}, {way}")
 
 
 KINDS = ["monomer", "multimer", "extra", "extra multimer", "template", "template multimer"]
@@ -199,8 +204,10 @@ def test_a_plan_can_be_taken_off():
 def test_a_way_that_does_not_exist_is_refused():
     with pytest.raises(PlanError, match="product='rings': write one of gather, ring, channels"):
         hp.plan_axial(hp.Mesh(sp=2), product="rings")
-    with pytest.raises(PlanError, match="passing=None"):
-        hp.plan_axial(hp.Mesh(sp=2), passing=None)
+    with pytest.raises(PlanError, match="passing='across'"):
+        hp.plan_axial(hp.Mesh(sp=2), nn.Linear(1, 1), passing="across")
+    with pytest.raises(PlanError, match="pieces=0; there is at least one"):
+        hp.plan_axial(hp.Mesh(sp=2), pieces=0)
 
 
 def other_inputs(what):

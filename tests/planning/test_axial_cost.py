@@ -13,7 +13,7 @@ from hairpin.errors import MemoryBudgetError, MeshError, PlanError
 from hairpin.models.alphafold import presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
 from hairpin.planning.axial.attach import AxialSplit, attach_axial
-from hairpin.planning.axial.choose import Lengths, rehearse_block
+from hairpin.planning.axial.choose import Lengths, Manner, rehearse_block
 from hairpin.planning.axial.cost import Rehearsed, Speeds, predict, rehearse
 from hairpin.run.launch import launch
 from hairpin.run.profile import peak_cpu_bytes
@@ -33,19 +33,20 @@ def arguments(device="cpu"):
     return [torch.ones(shape, device=device) for shape in shapes]
 
 
-def rehearsed(rank, world, product, passing, *, backward):
+def rehearsed(rank, world, words, *, backward):
     mesh = RehearsalMesh(rank, sp=world)
     model = stack(device="meta")
-    plan = hp.plan_axial(mesh, product=product, passing=passing)
+    plan = hp.plan_axial(mesh, **words)
     attach_axial(model, AxialSplit(plan, mesh))
     return rehearse(model, arguments("meta"), mesh, backward=backward)
 
 
 def check_counts(backward):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
-    for product, passing in WAYS:
+    for way in WAYS:
+        words = dict(zip(("product", "passing", "pieces"), way, strict=True))
         model = stack().requires_grad_(backward)
-        hp.parallelize(model, hp.plan_axial(mesh, product=product, passing=passing), mesh)
+        hp.parallelize(model, hp.plan_axial(mesh, **words), mesh)
         args = arguments()
 
         def step(model=model, args=args):
@@ -56,9 +57,9 @@ def check_counts(backward):
         before = mesh.traffic.snapshot()
         step()
         sent = mesh.traffic.since(before)
-        told = rehearsed(mesh.rank("sp"), mesh.world, product, passing, backward=backward)
-        assert told.sent_bytes == sent.bytes_sent, (product, passing)
-        assert len(told.sent) == sent.collectives, (product, passing)
+        told = rehearsed(mesh.rank("sp"), mesh.world, words, backward=backward)
+        assert told.sent_bytes == sent.bytes_sent, way
+        assert len(told.sent) == sent.collectives, way
         if not backward:
             peak = peak_cpu_bytes(step)
             assert abs(told.peak_bytes - peak) <= _SMALL, (product, passing, peak)
@@ -71,10 +72,10 @@ def test_a_rehearsal_tells_what_each_rank_sends_and_holds(world, backward):
 
 def test_fewer_bytes_than_published():
     """Two turns of z instead of four, and no padding (FastFold pads r to a multiple plus one)."""
-    lengths = Lengths(sequences=8, residues=24)
+    lengths = Lengths(4, sequences=8, residues=24)
     with torch.device("meta"):
         block = stack().blocks[0].to("meta")
-    run = rehearse_block(block, 4, lengths, product="gather", passing="gather")
+    run = rehearse_block(block, Manner(), lengths)
     s, r, c, h, outer = 8, 24, 16, 2, 8
     turns = 2 * s * r * c * 3 / 16 + 2 * r * r * c * 3 / 16
     whole = (3 * h * r * r + s * r * outer + 2 * r * r * c) * 3 / 4
@@ -82,13 +83,13 @@ def test_fewer_bytes_than_published():
 
 
 def test_rings_and_channels_hold_a_part():
-    lengths = Lengths(sequences=16, residues=64)
+    lengths = Lengths(4, sequences=16, residues=64)
     block = stack(device="meta").blocks[0]
-    alone = rehearse_block(block, 1, lengths, product="gather", passing="gather").peak_bytes
+    alone = rehearse_block(block, Manner(), replace(lengths, degree=1)).peak_bytes
     for product in ("ring", "channels"):
-        run = rehearse_block(block, 4, lengths, product=product, passing="ring")
+        run = rehearse_block(block, Manner(product, "ring"), lengths)
         assert run.peak_bytes <= 1.15 * alone / 4
-    run = rehearse_block(block, 4, lengths, product="gather", passing="gather")
+    run = rehearse_block(block, Manner(), lengths)
     assert run.peak_bytes > 1.15 * alone / 4
 
 
@@ -138,9 +139,7 @@ def test_slow_links_choose_the_fewest_bytes():
     plan = chosen(Tier(0.0, 1e3))
     assert plan.product == "channels"
     least = min(c.run.sent_bytes for c in plan.candidates)
-    mine = next(
-        c for c in plan.candidates if (c.product, c.passing) == (plan.product, plan.passing)
-    )
+    mine = next(c for c in plan.candidates if plan._is(c))
     assert mine.run.sent_bytes == least
     text = plan.explain()
     assert "by channels" in text

@@ -36,7 +36,8 @@ class AxialSplit:
         """How the tensors of one forward lie and move."""
         r = residues
         lengths = {"s": sequences, "r": r, "i": r, "j": r}
-        return Way(self.mesh, self.plan.axis, lengths, self.plan.product, self.plan.passing)
+        plan = self.plan
+        return Way(self.mesh, plan.axis, lengths, plan.product, plan.passing, plan.pieces)
 
 
 @dataclass(eq=False)

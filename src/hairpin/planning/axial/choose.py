@@ -3,8 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product as pairs
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +24,13 @@ class Lengths:
     """What a rehearsal needs to know of a call.
 
     Attributes:
+        degree: ranks.
         sequences: of the MSA; residues: of the protein.
         dtype: of m and z.
         backward: whether there is one.
     """
 
+    degree: int
     sequences: int
     residues: int
     dtype: torch.dtype = torch.float32
@@ -37,8 +38,17 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How a block crosses the ranks; see :class:`hairpin.AxialPlan`."""
+
+    product: Product = "gather"
+    passing: Passing = "gather"
+    pieces: int = 1
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One way and what one block of it takes on the busiest rank, which is the first.
+    """One manner and what a block of it takes on the busiest rank, which is the first.
 
     Attributes:
         run: what it sends, holds and computes.
@@ -46,8 +56,7 @@ class Candidate:
         fits: within the memory that was allowed.
     """
 
-    product: Product
-    passing: Passing
+    manner: Manner
     run: Rehearsed
     laid_out: Predicted
     fits: bool = True
@@ -66,26 +75,35 @@ class _Block(nn.Module):
 
 
 def candidates(
-    block: nn.Module, degree: int, lengths: Lengths, speeds: Speeds, memory_bytes: int | None = None
+    block: nn.Module,
+    manners: Sequence[Manner],
+    lengths: Lengths,
+    speeds: Speeds,
+    memory_bytes: int | None = None,
 ) -> tuple[Candidate, ...]:
-    """Every way over so many ranks, those that fit first, then by time."""
+    """What each manner takes: those that fit first, then by time."""
     meta = copy.deepcopy(block).to("meta")
     meta.requires_grad_(lengths.backward)
     found = []
-    for product, passing in pairs(get_args(Product), get_args(Passing)):
-        run = rehearse_block(meta, degree, lengths, product=product, passing=passing)
+    for manner in manners:
+        run = rehearse_block(meta, manner, lengths)
         fits = memory_bytes is None or run.peak_bytes <= memory_bytes
-        found.append(Candidate(product, passing, run, predict(run, speeds), fits))
+        found.append(Candidate(manner, run, predict(run, speeds), fits))
     return tuple(sorted(found, key=lambda c: (not c.fits, c.laid_out.time_s)))
 
 
-def rehearse_block(
-    block: Any, degree: int, lengths: Lengths, *, product: Product, passing: Passing
-) -> Rehearsed:
-    """One Evoformer block, of the meta device, on the first of so many ranks."""
-    s, r = lengths.sequences, lengths.residues
+def rehearse_block(block: Any, manner: Manner, lengths: Lengths) -> Rehearsed:
+    """One Evoformer block, of the meta device, on the first rank."""
+    s, r, degree = lengths.sequences, lengths.residues, lengths.degree
     mesh = RehearsalMesh(0, **{_AXIS: degree})
-    way = Way(mesh, _AXIS, {"s": s, "r": r, "i": r, "j": r}, product, passing)
+    way = Way(
+        mesh,
+        _AXIS,
+        {"s": s, "r": r, "i": r, "j": r},
+        product=manner.product,
+        passing=manner.passing,
+        pieces=manner.pieces,
+    )
     c_m = block.msa_transition.norm.weight.shape[0]
     c_z = block.pair_stack.pair_transition.norm.weight.shape[0]
     mine = {"s": shard_size(s, degree, 0), "r": shard_size(r, degree, 0)}
@@ -128,11 +146,12 @@ def block_of(model: nn.Module, stacks: Sequence[Any]) -> nn.Module:
 
 def table(found: Sequence[Candidate]) -> str:
     """The candidates for people, a line each: one block on one rank."""
-    head = ("product", "passing", "time", "waits", "sent", "held", "")
+    head = ("product", "passing", "pieces", "time", "waits", "sent", "held", "")
     rows = [
         (
-            c.product,
-            c.passing,
+            c.manner.product,
+            c.manner.passing,
+            str(c.manner.pieces),
             format_time(c.laid_out.time_s),
             format_time(sum(c.laid_out.exposed_s)),
             format_bytes(c.run.sent_bytes),

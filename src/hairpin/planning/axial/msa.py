@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hairpin.planning.axial.attention import Bias, attend, crossing
 from hairpin.planning.axial.pair import pair_stack
+from hairpin.planning.axial.pieces import turned_rows
 from hairpin.planning.axial.way import Way
 
 Module = Any  # one of the model's, which this floor does not import
@@ -58,8 +59,7 @@ def _outer_last(
     msa_mask, pair_mask = masks
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", "i")
-    m = _rows(block, m, bias, msa_mask, way)
-    m = _columns(block, way.turn(m, "s r c", "s", "r").wait(), msa_mask, way)
+    m = _columns(block, _rows(block, m, bias, msa_mask, way), msa_mask, way)
     back = way.turn(m, "s r c", "r", leaves)
     z = turning.wait()
     z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "i")
@@ -82,8 +82,7 @@ def _outer_first(
     z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "j")
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", "i")
-    m = _rows(block, by_sequence.wait(), bias, msa_mask, way)
-    m = _columns(block, way.turn(m, "s r c", "s", "r").wait(), msa_mask, way)
+    m = _columns(block, _rows(block, by_sequence.wait(), bias, msa_mask, way), msa_mask, way)
     back = way.turn(m, "s r c", "r", leaves)
     z, _ = pair_stack(block.pair_stack, turning.wait(), pair_mask, way, "i")
     return back.wait(), z
@@ -94,10 +93,14 @@ def _row_bias(block: Module, z: Tensor, way: Way) -> Bias:
 
 
 def _rows(block: Module, m: Tensor, bias: Bias, mask: Tensor, way: Way) -> Tensor:
-    """Suppl. Alg. 7, ``m`` held along s."""
-    row = block.msa_row_attention_with_pair_bias
-    update = attend(row.attention, row.query_norm(m), mask[way.mine("s")], bias, way)
-    return block.msa_dropout(update, m)  # type: ignore[no-any-return]
+    """Suppl. Alg. 7, ``m`` held along s; then it turns to r."""
+    row, own = block.msa_row_attention_with_pair_bias, mask[way.mine("s")]
+
+    def rows(some: slice) -> Tensor:
+        update = attend(row.attention, row.query_norm(m[some]), own[some], bias, way)
+        return block.msa_dropout(update, m[some])  # type: ignore[no-any-return]
+
+    return turned_rows(rows, "s r c", "s", "r", way)
 
 
 def _columns(block: Module, m: Tensor, mask: Tensor, way: Way) -> Tensor:

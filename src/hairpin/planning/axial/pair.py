@@ -6,13 +6,16 @@ al. 2022) turns it four times: here the incoming product stays held along i, whe
 terms of its own third residues, and adds the terms up over the ranks.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hairpin import kernels
 from hairpin.comm.pending import Pending
 from hairpin.planning.axial.attention import attend, crossing
+from hairpin.planning.axial.pieces import turned_rows
 from hairpin.planning.axial.products import ring_incoming, ring_outgoing
 from hairpin.planning.axial.way import Way
 
@@ -52,15 +55,21 @@ def _multiply(stack: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
 def _attend(stack: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
     """Both triangle attentions: ``z`` held along i, then along j."""
     starting, ending = stack.triangle_attention_starting_node, stack.triangle_attention_ending_node
-    z = stack.dropout_row(_triangle_attention(starting, z, mask[way.mine("i")], way), z)
-    z = _held(z, "i", "j", way)
-    columns = mask.T[way.mine("j")]
-    update = _triangle_attention(ending, z.transpose(0, 1), columns, way).transpose(0, 1)
+    normed = starting.query_norm(z)
+    bias = crossing(starting.pair_bias(normed), "q", way)
+    own = mask[way.mine("i")]
+
+    def rows(some: slice) -> Tensor:
+        update = attend(starting.attention, normed[some], own[some], bias, way)
+        return stack.dropout_row(update, z[some])  # type: ignore[no-any-return]
+
+    z = turned_rows(rows, "i j c", "i", "j", way)
+    update = _ending(ending, z.transpose(0, 1), mask.T[way.mine("j")], way).transpose(0, 1)
     return stack.dropout_column(update, z)  # type: ignore[no-any-return]
 
 
-def _triangle_attention(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
-    """Suppl. Alg. 13 or, of transposed pairs, 14; ``z[i, j, c], mask[i, j]`` held along i."""
+def _ending(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
+    """Suppl. Alg. 14 of transposed pairs ``z[j, i, c]`` and their mask, held along j."""
     z = module.query_norm(z)
     bias = crossing(module.pair_bias(z), "q", way)
     return attend(module.attention, z, mask, bias, way)
@@ -96,11 +105,18 @@ def _around(product: nn.Module, a: Tensor, b: Tensor, way: Way) -> Pending:
 
 def _by_channels(product: nn.Module, a: Tensor, b: Tensor, way: Way) -> Pending:
     """Channels do not meet in a product: each rank computes some of them, of all pairs."""
-    channels = a.shape[-1]
-    left, right = (way.turn(x, "i j c", "i", "c") for x in (a, b))
-    whole = product(left.wait(), right.wait())
-    by_channel = Way(way.mesh, way.axis, {**way.lengths, "c": channels})
-    return by_channel.turn(whole, "i j c", "c", "i")
+    operands = zip(a.chunk(way.pieces, -1), b.chunk(way.pieces, -1), strict=True)
+    turning = [
+        (way.turn(left, "i j c", "i", "c"), way.turn(right, "i j c", "i", "c"))
+        for left, right in operands
+    ]
+    sizes = [part.shape[-1] for part in a.chunk(way.pieces, -1)]
+    back = []
+    for channels, (left, right) in zip(sizes, turning, strict=True):
+        whole = product(left.wait(), right.wait())
+        some = replace(way, lengths={**way.lengths, "c": channels})
+        back.append(some.turn(whole, "i j c", "c", "i"))
+    return Pending(lambda: torch.cat([part.wait() for part in back], -1))
 
 
 _PRODUCTS = {"gather": _gathered, "ring": _around, "channels": _by_channels}

@@ -1,6 +1,7 @@
 """How a folding model is split: data, made by hand or chosen."""
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -13,6 +14,7 @@ from hairpin.errors import PlanError
 from hairpin.planning.axial.choose import (
     Candidate,
     Lengths,
+    Manner,
     block_of,
     candidates,
     fastest,
@@ -25,6 +27,7 @@ from hairpin.planning.axial.way import Passing, Product
 from hairpin.units import parse_bytes
 
 _LINK = Tier(1e-5, 50e9)  # of the order of GPUs in one host
+_PIECES = (1, 4)  # that are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class AxialPlan:
             2022), ``"ring"``: its parts pass by, or ``"channels"``: each rank computes some
             channels of all pairs.
         passing: how pair biases and the outer product's operand do: ``"gather"`` or ``"ring"``.
+        pieces: row attention, and a product by channels, are computed in so many pieces, each sent
+            while the next is computed.
         candidates: what each way would take for a block, the fastest first; none if one was asked
             for.
     """
@@ -46,20 +51,22 @@ class AxialPlan:
     degree: int = 1
     product: Product = "gather"
     passing: Passing = "gather"
+    pieces: int = 1
     candidates: tuple[Candidate, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, kinds in (("product", get_args(Product)), ("passing", get_args(Passing))):
             if getattr(self, name) not in kinds:
                 raise PlanError(f"{name}={getattr(self, name)!r}: write one of {', '.join(kinds)}")
-        if self.degree < 1:
-            raise PlanError(f"degree={self.degree}; an axis has at least one rank")
+        for name in ("degree", "pieces"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name}={getattr(self, name)}; there is at least one")
 
     def explain(self) -> str:
         """The plan for people: of a chosen one, what each way takes and what hides behind what."""
         head = (
             f"dynamic axial parallelism over {self.degree} ranks of axis '{self.axis}': triangle "
-            f"products by {self.product}, biases by {self.passing}"
+            f"products by {self.product}, biases by {self.passing}, {self.pieces} pieces"
         )
         if not self.candidates:
             return head
@@ -68,7 +75,7 @@ class AxialPlan:
         return "\n\n".join([*parts, "its exchanges:", transfers(chosen)])
 
     def _is(self, candidate: Candidate) -> bool:
-        return (candidate.product, candidate.passing) == (self.product, self.passing)
+        return candidate.manner == Manner(self.product, self.passing, self.pieces)
 
 
 def plan_axial(
@@ -78,6 +85,7 @@ def plan_axial(
     axis: str = "sp",
     product: Product | None = None,
     passing: Passing | None = None,
+    pieces: int | None = None,
     sequences: int | None = None,
     residues: int | None = None,
     topology: Topology | None = None,
@@ -96,6 +104,7 @@ def plan_axial(
         axis: of the mesh.
         product: how triangle products cross the ranks, see :class:`AxialPlan`.
         passing: how pair biases do.
+        pieces: in how many pieces work is done that a large transfer follows; 1 if left out.
         sequences: of the MSA; residues: of the protein. Both are needed with a model.
         topology: the ranks' links and speeds, from ``hp.Topology.measure`` or by hand; links of
             50 GB/s and the topology's default speeds if left out.
@@ -109,14 +118,19 @@ def plan_axial(
         MeshError: no such axis.
     """
     degree = as_mesh(mesh).size(axis)
+    asked = AxialPlan(
+        axis=axis,
+        degree=degree,
+        product=product or "gather",
+        passing=passing or "gather",
+        pieces=1 if pieces is None else pieces,
+    )
     if model is None:
         if (sequences, residues, topology, memory) != (None,) * 4:
             raise PlanError(
                 "sequences, residues, topology and memory choose a way for a model: give the model"
             )
-        return AxialPlan(
-            axis=axis, degree=degree, product=product or "gather", passing=passing or "gather"
-        )
+        return asked
     if sequences is None or residues is None:
         raise PlanError("a way is chosen for a size: give sequences=... and residues=...")
     topology = Topology.flat(degree, _LINK) if topology is None else topology
@@ -125,20 +139,26 @@ def plan_axial(
             f"the topology is of {topology.ranks} ranks and axis {axis!r} has {degree}; measure it "
             "on this axis"
         )
-    block = block_of(model, evoformer_stacks(model))
+    ways = [
+        Manner(*way)
+        for way in itertools.product(
+            get_args(Product) if product is None else (product,),
+            get_args(Passing) if passing is None else (passing,),
+            _PIECES if pieces is None else (pieces,),
+        )
+    ]
     found = candidates(
-        block,
-        degree,
-        Lengths(sequences, residues, dtype, backward),
+        block_of(model, evoformer_stacks(model)),
+        [way for way in ways if way.passing == "gather" or way.pieces == ways[0].pieces],
+        Lengths(degree, sequences, residues, dtype, backward),
         Speeds.of(topology),
         None if memory is None else parse_bytes(memory),
     )
-    asked = tuple(c for c in found if product in (None, c.product) and passing in (None, c.passing))
-    best = fastest(asked, memory)
-    return AxialPlan(
-        axis=axis,
-        degree=degree,
+    best = fastest(found, memory).manner
+    return replace(
+        asked,
         product=best.product,
         passing=best.passing,
-        candidates=asked,
+        pieces=best.pieces,
+        candidates=found,
     )

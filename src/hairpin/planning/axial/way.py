@@ -27,6 +27,7 @@ class Way:
         lengths: global length of every dim that a tensor may be held along.
         product: how triangle products cross the ranks.
         passing: how pair biases and the right operand of the outer product do.
+        pieces: in how many pieces work is done that a large transfer follows.
     """
 
     mesh: Mesh
@@ -34,6 +35,7 @@ class Way:
     lengths: Mapping[str, int]
     product: Product = "gather"
     passing: Passing = "gather"
+    pieces: int = 1
 
     @property
     def degree(self) -> int:
