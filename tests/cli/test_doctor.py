@@ -132,3 +132,21 @@ def test_which_kernels_compute(monkeypatch, gpu, why, words):
     assert finding.present == (gpu and why is None)
     assert words in finding.detail
     assert (finding.remedy is not None) == (why == "Triton is not installed")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why", "words", "remedy"),
+    [
+        (True, None, "causal and window attention across ranks", None),
+        (False, None, "no CUDA device; torch's own kernels", None),
+        (True, "not installed", "not installed; torch's own kernels", "pip install 'flash-attn"),
+    ],
+)
+def test_whether_flash_attn_computes(monkeypatch, gpu, why, words, remedy):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("hairpin.exchange.flash.why_not", lambda: why)
+    (finding,) = doctor.examine_flash_attn()
+    assert finding.present == (gpu and why is None)
+    assert words in finding.detail
+    assert (finding.remedy or "").startswith(remedy or "")
+    assert (finding.remedy is None) == (remedy is None)

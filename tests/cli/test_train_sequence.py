@@ -41,6 +41,30 @@ def test_a_run_prints_its_validation_and_is_prolonged_on_other_ranks(run, folder
     assert result["validation_loss"] == rows[-1]["validation"]["loss"] < 6
 
 
+def test_the_method_is_chosen_at_every_start(run, folder):
+    words = ("train", "llm", "--recipe", "tiny", "--sp", 2, "--method", "auto", "--out", "out")
+    done = run(*words, "--steps", 1, "--json")
+    assert done.code == 0, done.err
+    method = json.loads(done.out)["method"]
+    assert method in {"ring", "all gather", "ulysses"}
+    table = (folder / "out/sequence.txt").read_text()
+    assert "sequence of 32 positions over 2 ranks" in table
+    assert {"ring", "all", "ulysses"} <= {line.split()[0] for line in table.splitlines() if line}
+
+    (folder / "out/sequence.txt").unlink()
+    done = run(*words[:2], "--sp", 2, "--method", "auto", "--resume", "out", "--steps", 2)
+    assert done.code == 0, done.err
+    assert (folder / "out/sequence.txt").exists()
+
+
+def test_where_rows_are_whole_there_is_nothing_to_choose(run, folder):
+    words = ("train", "llm", "--recipe", "tiny", "--method", "auto", "--steps", 1, "--out", "out")
+    done = run(*words, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["method"] is None
+    assert not (folder / "out/sequence.txt").exists()
+
+
 @pytest.mark.parametrize("what", ["linear-llm", "vit"])
 def test_the_others_train_too(run, folder, what):
     done = run("train", what, "--recipe", "tiny", "--dp", 2, "--steps", 1, "--out", "out", "--json")
@@ -58,7 +82,6 @@ def test_the_others_train_too(run, folder, what):
         (["vit", "--recipe", "faces"], "choose one of digits, photos, tiny"),
         (["llm", "--ranks", 3, "--dp", 2], "got 3 ranks and dp=2"),
         (["llm", "--ranks", 2, "--method", "spiral"], "method 'spiral': write one of auto, ring"),
-        (["llm", "--ranks", 2, "--method", "auto"], "method 'auto' needs measured links"),
         (["llm", "--recipe", "tiny", "--pp", 3], "pp=3 stages need a layer each"),
         (["llm", "--tp", 2, "--dp", 2, "--data-parallel", "ddp"], "use --data-parallel fsdp"),
         (["linear-llm", "--dtype", "int8"], "dtype='int8' is not supported"),

@@ -53,28 +53,41 @@ def argument_type(name, kernel, operation, dtype):
     return "i32"
 
 
-@pytest.mark.parametrize(("operation", "name", "constants"), KERNELS)
-def test_each_kernel_compiles_for_sm_90(operation, name, constants, tmp_path, monkeypatch):
-    import triton
+def compiled(operation, name, constants, **types):
+    """The kernel built for sm_90; `types` are those of arguments that differ."""
+    from triton import compile as build
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(import_module(f"hairpin.kernels.cuda.{operation}"), name)
-    arguments = signature(kernel.fn).parameters
     types = {
         argument: "constexpr"
         if argument in constants
-        else argument_type(argument, name, operation, "bf16")
-        for argument in arguments
+        else types.get(argument, argument_type(argument, name, operation, "bf16"))
+        for argument in signature(kernel.fn).parameters
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return build(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize(("operation", "name", "constants"), KERNELS)
+def test_each_kernel_compiles_for_sm_90(operation, name, constants, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = compiled(operation, name, constants)
     assert ".target sm_90" in built.asm["ptx"]
     assert built.asm["cubin"]
     assert built.metadata.shared <= SHARED_MEMORY_BYTES
     products = operation in {"attention", "triangle"}
     assert ("mma" in built.asm["ptx"]) == products, "products of matrices belong on tensor cores"
+
+
+@pytest.mark.parametrize("name", [name for room, name, _ in KERNELS if room == "attention"])
+def test_attention_compiles_as_the_blocks_of_a_split_sequence_call_it(name, tmp_path, monkeypatch):
+    """What is added to their scores is float32, and hides keys too."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = compiled("attention", name, ATTENTION | {"MASK": False}, bias="*fp32")
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= SHARED_MEMORY_BYTES
 
 
 def test_every_kernel_is_in_the_list():

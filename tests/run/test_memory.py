@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from hairpin.comm.mesh import init_mesh
 from hairpin.errors import MemoryBudgetError
+from hairpin.run.launch import launch
 from hairpin.run.memory import measured, require_budget
 
 CPU = torch.device("cpu")
@@ -57,3 +60,17 @@ def test_a_budget_that_is_too_small_gives_both_figures():
 @pytest.mark.parametrize("budget_bytes", [None, 3 * KIB])
 def test_enough_is_enough(budget_bytes):
     require_budget([KIB, 3 * KIB], budget_bytes, batch_size=4, ranks=2)
+
+
+def slices_of_a_product() -> int:
+    """A relu of a product that two ranks share: each gets half of either."""
+    mesh = init_mesh(tp=2).device_mesh
+    x = distribute_tensor(torch.randn(16, 16), mesh, [Replicate()])
+    y = distribute_tensor(torch.randn(16, 64), mesh, [Shard(1)])
+    with measured(CPU) as peak:
+        z = (x @ y).relu()  # noqa: F841
+    return peak.peak_bytes
+
+
+def test_of_what_ranks_share_the_own_slice_counts():
+    assert launch(slices_of_a_product, 2) == [2 * 16 * 32 * 4] * 2

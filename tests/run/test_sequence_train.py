@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hairpin.comm.mesh import Mesh
+from hairpin.comm.topology import Tier, Topology
 from hairpin.errors import (
     CheckpointError,
     HairpinError,
@@ -21,6 +22,8 @@ from hairpin.errors import (
     SequenceError,
 )
 from hairpin.models.vit import ViTConfig
+from hairpin.planning.sequence import plan_sequence
+from hairpin.planning.sequence_work import AttentionShape
 from hairpin.run import checkpoint, metrics
 from hairpin.run.four_d import stage_blocks
 from hairpin.run.launch import RankFailure, launch, user_error, warm
@@ -36,13 +39,17 @@ from hairpin.run.recipes import (
 from hairpin.run.sequence import (
     Degrees,
     SequenceJob,
+    SplitSequences,
+    attention_shape,
     degrees_of,
     make_program,
     mesh_of,
+    method_of,
     require_possible,
     sequence_plan,
+    tell_choice,
 )
-from hairpin.run.sequence_train import Scores, train_sequence
+from hairpin.run.sequence_train import Scores, WholeSequences, train_sequence
 
 ONE = Degrees()
 
@@ -204,6 +211,81 @@ def test_a_run_that_split_its_sequences_goes_on_on_one_rank(tmp_path, references
     run(tmp_path, recipe, Degrees(sp=2), stop_step=5)
     ours = run(tmp_path, recipe, resume=tmp_path, stop_step=10)
     assert worst(ours, references["llm"][1]) < 1e-10
+
+
+def told_by_hand(mesh, axis, **_):
+    """Links so slow that what is sent decides, but for those that do not hold rank 0."""
+    assert axis == "sp"
+    slow = mesh.global_rank == 0
+    return Topology.flat(2, Tier(0.0, 1e3) if slow else Tier(1.0, 1e12))
+
+
+def chosen(job: SequenceJob) -> str | None:
+    return method_of(make_program(job, mesh_of(job)).split)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"), [("llm", Degrees(sp=2)), ("llm", Degrees(dp=2, sp=2))]
+)
+def test_a_method_that_is_chosen_gives_the_same_losses(
+    tmp_path, references, monkeypatch, name, degrees
+):
+    """Both groups of two ranks take what the first has measured: all have the same plan."""
+    monkeypatch.setattr(Topology, "measure", told_by_hand)
+    options = {"method": "auto"}
+    ours = run(tmp_path, double(RECIPES[name]), degrees, options=options, stop_step=3)
+    assert worst(ours, references[name][1][:3]) < 1e-10
+    job = SequenceJob(
+        recipe=RECIPES[name], out_dir=tmp_path, degrees=degrees, last_step=1, method="auto"
+    )
+    found = launch(chosen, degrees.ranks, job)
+    assert found == ["all gather"] * degrees.ranks
+
+
+def test_a_method_is_chosen_for_what_a_rank_computes():
+    """A slice's heads, a microbatch's rows, the patches of an image and its class token."""
+
+    def shape(recipe, **options):
+        degrees = options.pop("degrees", ONE)
+        return attention_shape(
+            SequenceJob(recipe=recipe, out_dir=Path(), degrees=degrees, last_step=1, **options)
+        )
+
+    many = Degrees(dp=2, pp=2, tp=2, sp=2)
+    llm = shape(double(llm_tiny(), batch_size=8), degrees=many, microbatches=2)
+    assert (llm.length, llm.heads, llm.groups, llm.head_dim) == (32, 2, 1, 8)
+    assert (llm.batch, llm.element_bytes, llm.mask.causal) == (2, 8, True)
+    vit = shape(vit_tiny())
+    assert (vit.length, vit.batch, vit.mask.causal) == (17, vit_tiny().batch_size, False)
+
+
+def test_what_is_chosen_is_told(tmp_path, capsys):
+    mesh = Mesh(dp=1, sp=2)
+    shape = AttentionShape(length=32, heads=4, head_dim=8)
+    topology = Topology.flat(2, Tier(0.0, 1e6))
+    plan = plan_sequence(mesh, method="auto", shape=shape, topology=topology)
+    tell_choice(SplitSequences(plan, "auto"), tmp_path)
+    told = capsys.readouterr().err
+    assert told.startswith(f"method auto: {plan.candidates[0].method}, dealt contiguous; an att")
+    assert told.endswith("of 3 ways the least time\n")
+    assert (tmp_path / "sequence.txt").read_text() == plan.explain() + "\n"
+    tell_choice(WholeSequences(mesh), tmp_path)
+    assert "each row is whole on a rank (sp=1), nothing to choose" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_any_method_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Topology, "measure", told_by_hand)
+    options = {"method": "auto", "memory": "1KiB"}
+    error = error_of(tmp_path, llm_tiny(), Degrees(sp=2), options=options)
+    assert isinstance(error, MemoryBudgetError)
+    assert "no method holds one attention layer in 1KiB" in str(error)
+
+
+def test_a_model_with_linear_attention_has_nothing_to_choose(tmp_path):
+    options = {"method": "auto"}
+    error = error_of(tmp_path, linear_llm_tiny(), Degrees(sp=2), options=options)
+    assert isinstance(error, SequenceError)
+    assert "leave --method out" in str(error)
 
 
 @pytest.mark.parametrize(

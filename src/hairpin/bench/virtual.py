@@ -1,4 +1,4 @@
-"""Kernels of attention that sleep as long as a device of a given speed would compute.
+"""Kernels that sleep as long as a device of a given speed would compute.
 
 Where ranks are more than cores, real work of one rank delays the transfers of another, and nothing
 can be said of overlap. A sleeping rank leaves the core to those who transfer. Everything else, such
@@ -7,7 +7,7 @@ as merging states and packing messages, is done for real; what the kernels give 
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -34,14 +34,26 @@ def virtual_attention(flops_per_s: float) -> Iterator[None]:
     Args:
         flops_per_s: of the device that is played.
     """
+    with _in_place_of(
+        {
+            _FORWARD: partial(_forward, flops_per_s),
+            f"{_FORWARD}_backward": partial(_backward, flops_per_s),
+        }
+    ):
+        yield
+
+
+@contextmanager
+def _in_place_of(played: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """In this context these play torch's kernels of the CPU."""
     kernels = Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "(?s).*Overriding a previously registered", UserWarning
             )
-            for name, played in ((_FORWARD, _forward), (f"{_FORWARD}_backward", _backward)):
-                kernels.impl(name, partial(played, flops_per_s), "CPU")
+            for name, function in played.items():
+                kernels.impl(name, function, "CPU")
         yield
     finally:
         kernels._destroy()
@@ -88,6 +100,31 @@ def _sleep(flops_per_s: float, q: Tensor, k: Tensor, *, products: int, causal: b
     b, h, rows, d = q.shape
     scores = rows * (rows + 1) // 2 if causal else rows * k.shape[2]
     time.sleep(2 * products * b * h * scores * d / flops_per_s)
+
+
+# -------------------------------------------------------------------------------- matrix products
+
+
+@contextmanager
+def virtual_products(flops_per_s: float) -> Iterator[None]:
+    """In this context matrix products of the CPU sleep instead of computing.
+
+    It holds for the whole process, so it is for ranks that do nothing else.
+
+    Args:
+        flops_per_s: of the device that is played.
+    """
+
+    def mm(x: Tensor, y: Tensor) -> Tensor:
+        time.sleep(2 * x.numel() * y.shape[1] / flops_per_s)
+        return x.new_zeros(x.shape[0], y.shape[1])
+
+    def bmm(x: Tensor, y: Tensor) -> Tensor:
+        time.sleep(2 * x.numel() * y.shape[2] / flops_per_s)
+        return x.new_zeros(*x.shape[:2], y.shape[2])
+
+    with _in_place_of({"mm": mm, "bmm": bmm}):
+        yield
 
 
 # ------------------------------------------------------------------------------- linear attention

@@ -12,6 +12,7 @@ import typer
 import hairpin
 from hairpin.cli import (
     bench,
+    bench_4d,
     bench_attention,
     bench_linear,
     doctor,
@@ -55,6 +56,7 @@ app.command("score")(score.score)
 app.command("profile")(profile.profile)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("linear")(bench_linear.linear)
+bench.app.command("4d")(bench_4d.four_d)
 app.add_typer(bench.app, name="bench")
 app.add_typer(verify.app, name="verify")
 

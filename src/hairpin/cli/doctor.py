@@ -51,6 +51,7 @@ def examine() -> list[Finding]:
         *examine_software(),
         *examine_devices(),
         *examine_kernels(),
+        *examine_flash_attn(),
         *examine_backends(),
         *examine_links(),
         *examine_extras(),
@@ -178,6 +179,22 @@ def examine_kernels() -> Iterator[Finding]:
         remedy = 'pip install "hairpin[triton]"'
     detail = f"{why}; {names} are torch's own operations, with the same results"
     yield Finding("kernels", "in Triton", False, detail, remedy)
+
+
+def examine_flash_attn() -> Iterator[Finding]:
+    """Whether the package flash-attn computes attention across ranks, and why not."""
+    import torch
+
+    from hairpin.exchange.flash import why_not
+
+    why = why_not()
+    if why is None and torch.cuda.is_available():
+        detail = "computes causal and window attention across ranks in half precision on CUDA"
+        yield Finding("kernels", "flash-attn", True, detail)
+        return
+    remedy = None if why is None else "pip install 'flash-attn>=2.7', which builds for this torch"
+    instead = "torch's own kernels and ours compute"
+    yield Finding("kernels", "flash-attn", False, f"{why or 'no CUDA device'}; {instead}", remedy)
 
 
 def examine_backends() -> Iterator[Finding]:

@@ -26,7 +26,9 @@ Dp = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help="How attention crosses the ranks of a sequence: ring, ulysses, usp, ..."),
+    typer.Option(
+        help="How attention crosses the ranks of a sequence: auto, ring, ulysses, usp, ..."
+    ),
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
@@ -249,7 +251,7 @@ def prepare(
         steps=steps,
         saved=start.recipe,
     )
-    if shared.sp > 1:
+    if shared.sp > 1 and options.get("method") != "auto":  # that one is chosen by the ranks
         sequence_plan(recipe, Mesh(dp=shared.dp, sp=shared.sp), method=options.get("method"))
     require_possible(
         recipe,
@@ -293,6 +295,7 @@ def figures(job: "SequenceJob", result: "SequenceTrainResult") -> dict[str, Any]
         "metrics": str(result.metrics),
         "ranks": job.degrees.ranks,
         "degrees": asdict(job.degrees),
+        "method": result.method,
     }
 
 

@@ -5,7 +5,10 @@ keys, whichever blocks they came from, and gives the gradients by this block alo
 what the tensors are:
 
 - a CPU, values as wide as keys, no bias that learns, no dropout: torch's fused kernel;
-- CUDA, no mask: torch's flash kernel (half precision) or its memory-efficient one (float32);
+- CUDA, half precision, no mask but causality or a window: the package flash-attn, if it is here;
+- CUDA, no mask but causality: torch's flash kernel (half precision) or its memory-efficient one
+  (float32);
+- CUDA, a mask or a bias, also one that learns: our Triton kernel;
 - everything else: plain operations, some rows at a time.
 
 States are float32, float64 for float64 inputs. A row without any key has output 0 and lse -inf.
@@ -29,7 +32,7 @@ _PLAIN_SCORES = 1 << 22  # scores that the plain back end holds at once
 def attend(qkv: Qkv, block: Block) -> State:
     """Output ``[b, h, q, e]`` and log-sum-exp ``[b, h, q]`` of one block."""
     q, k, v = _same_heads(qkv, block)
-    forward = _backend(q, v, block)[0]
+    forward = _backend(q, k, v, block)[0]
     out, lse = forward((q, k, v), block)
     out, lse = out.to(wide(q.dtype)), lse.to(wide(q.dtype))
     if block.added is not None:
@@ -52,7 +55,7 @@ def attend_backward(
     q, k, v = _same_heads(qkv, block)
     out, lse = state
     lse = torch.where(torch.isneginf(lse), math.inf, lse)  # rows without a key: no weight anywhere
-    backward = _backend(q, v, block)[1]
+    backward = _backend(q, k, v, block)[1]
     grad_q, grad_k, grad_v, grad_added = backward(grad, (q, k, v), (out, lse), block)
     if block.heads is not None:
         index = torch.tensor(block.heads, device=k.device)
@@ -74,6 +77,17 @@ def masked(tile: Tile, dtype: torch.dtype, device: torch.device) -> Tensor | Non
     return hidden(~seen, dtype).to(device)
 
 
+def window_of(tile: Tile) -> tuple[int, int] | None:
+    """`Block.window` of a masked tile; None where its rows do not see one key further each."""
+    if tile.first is None or tile.stop is None:
+        return None
+    rows, keys = torch.arange(len(tile.first)), tile.keys.stop - tile.keys.start
+    first, stop = int(tile.first[-1]) - len(rows) + 1, int(tile.stop[0])
+    as_window = (rows + first).clamp(min=0), (rows + stop).clamp(max=keys)
+    same = torch.equal(tile.first, as_window[0]) and torch.equal(tile.stop, as_window[1])
+    return (first, stop) if same else None
+
+
 def hidden(where: Tensor, dtype: torch.dtype) -> Tensor:
     """-inf where a key does not count, else 0."""
     return torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill(where, -math.inf)
@@ -87,17 +101,18 @@ def _same_heads(qkv: Qkv, block: Block) -> Qkv:
     return q, k.index_select(1, index), v.index_select(1, index)
 
 
-def _backend(q: Tensor, v: Tensor, block: Block) -> tuple[Any, Any]:
-    plain = (_plain, _plain_backward)
-    if block.dropout or block.learns or q.shape[-1] != v.shape[-1] or not q.shape[-1]:
-        return plain
-    if q.device.type == "cpu":
-        return _cpu, _cpu_backward
-    if q.device.type == "cuda" and block.added is None:
-        from hairpin.exchange import cuda
+def _backend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Any, Any]:
+    """What computes a block: forward, backward."""
+    if not block.dropout and q.shape[-1] == v.shape[-1] > 0:
+        if q.device.type == "cpu" and not block.learns:
+            return _cpu, _cpu_backward
+        if q.device.type == "cuda":
+            from hairpin.exchange import biased, cuda, flash
 
-        return (cuda.forward, cuda.backward) if cuda.takes(q) else plain
-    return plain
+            for kernel in (flash, cuda, biased):
+                if kernel.takes(q, k, block):
+                    return kernel.forward, kernel.backward
+    return _plain, _plain_backward
 
 
 # ------------------------------------------------------------------------------- torch, on a CPU

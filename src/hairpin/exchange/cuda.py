@@ -14,9 +14,10 @@ _ALIGNED = 8  # channels of a head must be a multiple
 _ROWS = 32  # the efficient kernel keeps log-sum-exps of so many rows at a time
 
 
-def takes(q: Tensor) -> bool:
+def takes(q: Tensor, k: Tensor, block: Block) -> bool:
     """Whether one of torch's kernels computes this, forward and backward."""
-    if q.shape[-1] % _ALIGNED:
+    del k
+    if block.added is not None or block.dropout or q.shape[-1] % _ALIGNED:
         return False
     return q.dtype == torch.float32 or (q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_WIDEST)
 
@@ -24,7 +25,7 @@ def takes(q: Tensor) -> bool:
 def forward(qkv: Qkv, block: Block) -> State:
     """``(out, lse)`` of one block."""
     q, k, v = qkv
-    k, v = _repeated(q, k), _repeated(q, v)
+    k, v = repeated(q, k), repeated(q, v)
     if q.dtype in _FLASH_DTYPES:
         flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse, *_ = flash(q, k, v, 0.0, block.causal, False, scale=block.scale)
@@ -40,7 +41,7 @@ def backward(
     """Gradients by one block, given output and log-sum-exp over all keys."""
     (q, k, v), (out, lse) = qkv, state
     groups = k.shape[1]
-    k, v = _repeated(q, k), _repeated(q, v)
+    k, v = repeated(q, k), repeated(q, v)
     grad, out = grad.to(q.dtype), out.to(q.dtype)
     seed = torch.zeros((), dtype=torch.int64)  # no dropout: never read
     if q.dtype in _FLASH_DTYPES:
@@ -59,12 +60,14 @@ def backward(
             *(grad, q, k, v, None, out, lse, seed, seed, 0.0, wanted, block.causal),
             scale=block.scale,
         )
-    return grads[0], _summed(grads[1], groups), _summed(grads[2], groups), None
+    return grads[0], summed(grads[1], groups), summed(grads[2], groups), None
 
 
-def _repeated(q: Tensor, x: Tensor) -> Tensor:
+def repeated(q: Tensor, x: Tensor) -> Tensor:
+    """Keys or values with as many heads as the queries."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x
 
 
-def _summed(x: Tensor, groups: int) -> Tensor:
+def summed(x: Tensor, groups: int) -> Tensor:
+    """A gradient of what was repeated, with its own number of heads."""
     return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)

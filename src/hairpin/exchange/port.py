@@ -22,6 +22,8 @@ class Block:
         heads: key/value head of each query head, where it is not ``i // (h / g)``.
         dropout: probability that a weight is dropped.
         keep: gives the weights' factors, 0 or 1 / (1 - dropout), for some rows ``[b, h, q, k]``.
+        window: row i sees keys ``i + window[0]`` to one below ``i + window[1]``; set where that is
+            all that ``added`` says.
     """
 
     scale: float
@@ -31,6 +33,7 @@ class Block:
     heads: tuple[int, ...] | None = None
     dropout: float = 0.0
     keep: Callable[[slice], Tensor] | None = None
+    window: tuple[int, int] | None = None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hairpin.comm.transport import Wait
-from hairpin.exchange.block import attend, attend_backward, hidden, masked
+from hairpin.exchange.block import attend, attend_backward, hidden, masked, window_of
 from hairpin.exchange.dropout import Scores, kept
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.places import Places
@@ -112,7 +112,8 @@ class Operands:
             rows = torch.ones(len(keys), len(keys), dtype=torch.bool, device=self.q.device)
             added, causal = _plus(added, hidden(rows.triu(1), state)), False
         keep = self._keep(call, call.queries[tile.rows], keys) if call.dropout else None
-        return Block(call.scale, causal, added, learns, call.key_heads, call.dropout, keep)
+        window = window_of(tile) if self.bias is None and self.key_mask is None else None
+        return Block(call.scale, causal, added, learns, call.key_heads, call.dropout, keep, window)
 
     def _keep(self, call: Call, queries: Tensor, keys: Tensor) -> Callable[[slice], Tensor]:
         heads, batch = torch.tensor(call.heads), self.q.shape[0]

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +20,8 @@ from hairpin.units import format_bytes
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is active, and their highest sum.
 
-    Exact for what tensors hold; scratch memory inside a single operation is not seen.
+    Exact for what tensors hold; scratch memory inside a single operation is not seen. Of a tensor
+    that is shared out over ranks (DTensor) the slice on this rank counts.
     """
 
     def __init__(self) -> None:
@@ -33,9 +37,13 @@ class TensorMemory(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
+            return NotImplemented  # its operations come again, on what is on this rank
         known = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):  # torch tries shapes of slices on those; no values
+                continue
             if isinstance(tensor, Tensor) and _key(tensor) not in known:
                 self._count(tensor.untyped_storage())
         return result

@@ -103,6 +103,7 @@ class Program(Protocol):
     """What one step does with the model on this rank."""
 
     state: checkpoint.TrainState
+    split: Split
 
     def backward(self, batch: Batch) -> float:
         """The loss of a step's examples, of which `batch` is this data-parallel rank's share.
@@ -279,6 +280,7 @@ class SequenceTrainResult:
         validation: of the weights at the last step.
         chance: the validation loss of predicting each label by how often it occurs; None where it
             is not known.
+        method: how attention crossed the ranks of a sequence; None where they were whole.
     """
 
     step: int
@@ -286,6 +288,7 @@ class SequenceTrainResult:
     metrics: Path
     validation: Scores
     chance: float | None
+    method: str | None = None
 
 
 def train_sequence(
