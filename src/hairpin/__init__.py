@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hairpin.exchange.api import attention
     from hairpin.exchange.joint import joint_attention
     from hairpin.exchange.linear import linear_attention
-    from hairpin.exchange.mask import Mask
+    from hairpin.exchange.mask import BlockSparse, Mask
     from hairpin.exchange.order import Order
     from hairpin.exchange.split import SequenceSplit
     from hairpin.layout import Layout
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AttentionShape": "hairpin.planning.sequence_work",
     "AxialPlan": "hairpin.planning.axial.plan",
+    "BlockSparse": "hairpin.exchange.mask",
     "HairpinError": "hairpin.errors",
     "Layout": "hairpin.layout",
     "Mask": "hairpin.exchange.mask",
@@ -80,6 +81,7 @@ _HOMES = {
 __all__ = [
     "AttentionShape",
     "AxialPlan",
+    "BlockSparse",
     "HairpinError",
     "Layout",
     "Mask",

@@ -72,6 +72,10 @@ def seen_by(mask: Mask, length: int, keys: int) -> Tensor:
     if mask.documents is not None:
         of = torch.repeat_interleave(torch.tensor(mask.documents))
         seen &= of[:, None] == of
+    if mask.blocks is not None:
+        size, table = mask.blocks.block_size, mask.blocks.table
+        whole = table.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        seen &= whole[:length, :keys]
     if mask.prefix:
         seen |= k < mask.prefix
     return seen

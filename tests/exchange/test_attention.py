@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from exchange.cases import WIDE, Problem, checked, line, truth, worst
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.exchange.api import attention
-from hairpin.exchange.mask import Mask
+from hairpin.exchange.mask import BlockSparse, Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.split import SequenceSplit
 from hairpin.run.launch import launch
@@ -57,6 +57,14 @@ def on_ranks(function, world: int, *args) -> None:
         assert found == [], f"rank {rank} of {world}"
 
 
+def some_blocks(length, keys, size):
+    """Some blocks; the queries of the second one see none."""
+    made = torch.Generator().manual_seed(length + keys + size)
+    table = torch.rand(-(-length // size), -(-keys // size), generator=made) > 0.4
+    table[1] = False
+    return BlockSparse(size, table)
+
+
 MASKS = {
     "full": Mask(),
     "causal": Mask(causal=True),
@@ -65,6 +73,9 @@ MASKS = {
     "prefix": Mask(causal=True, prefix=2),
     "documents": Mask(causal=True, documents=(6, 1, 0, 6)),
     "documents, both ways": Mask(documents=(1, 10, 2)),
+    "blocks": Mask(blocks=some_blocks(13, 13, 3)),
+    "causal blocks": Mask(causal=True, blocks=some_blocks(13, 13, 4)),
+    "blocks in documents": Mask(window=5, documents=(6, 7), blocks=some_blocks(13, 13, 2)),
 }
 
 
@@ -89,7 +100,24 @@ def test_every_method_and_mask_on_three_ranks():
 
 
 def test_every_method_on_four_ranks():
-    on_ranks(masks_on_ranks, 4, ("zigzag",), ["causal", "window", "documents"])
+    on_ranks(masks_on_ranks, 4, ("zigzag",), ["causal", "window", "documents", "causal blocks"])
+
+
+def block_lengths():
+    world = int(os.environ["WORLD_SIZE"])
+    problems = [
+        Problem(n, groups=2, mask=Mask(causal=causal, blocks=some_blocks(n, n, 2)))
+        for n, causal in itertools.product((world + 2, 2 * world + 1), (0, 1))
+    ]
+    wide = Mask(causal=True, blocks=some_blocks(150, 150, 32))
+    problems += [Problem(150, mask=wide, hidden=True), Problem(150, mask=wide, bias=(1, 4))]
+    return faults(problems, orders=("zigzag", "contiguous"), only=("ring", "all_gather"))
+
+
+@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_blocks_of_positions_that_divide_nothing(world):
+    """Beside hidden keys and biases too; a rank may hold no position of a block."""
+    on_ranks(block_lengths, world)
 
 
 def lengths_on_ranks():
@@ -131,7 +159,9 @@ def beside_on_ranks():
     biases = [(2, 4), (1, 4), (2, 1), (1, 1)]
     problems = [Problem(11, bias=b, mask=Mask(causal=b[0] == 1)) for b in biases]
     problems += [
-        Problem(11, hidden=True, mask=mask) for mask in MASKS.values() if not mask.documents
+        Problem(11, hidden=True, mask=mask)
+        for mask in MASKS.values()
+        if not (mask.documents or mask.blocks)
     ]
     problems += [Problem(11, bias=(1, 4), hidden=True, groups=2, mask=Mask(causal=True))]
     return faults(problems, orders=("zigzag",))
@@ -156,10 +186,11 @@ def crossing():
     mesh, found = line(), []
     for (length, keys), way in itertools.product([(13, 5), (4, 21)], ways(mesh.world)):
         split = SequenceSplit(mesh, "sp", Order("contiguous", length), **way)
-        problem = Problem(length, groups=2, keys=keys)
-        error, name = worst(checked(problem, split, Order("contiguous", keys)))
-        if not error <= 1e-12:
-            found.append(f"{length} x {keys} {way}: {name} off by {error:.1e}")
+        for mask in (Mask(), Mask(blocks=some_blocks(length, keys, 2))):
+            problem = Problem(length, groups=2, keys=keys, mask=mask)
+            error, name = worst(checked(problem, split, Order("contiguous", keys)))
+            if not error <= 1e-12:
+                found.append(f"{length} x {keys} {mask} {way}: {name} off by {error:.1e}")
     return found
 
 
@@ -390,11 +421,33 @@ def test_splits_that_cannot_be(change, words):
         ({"window": 0}, "window=0"),
         ({"documents": (3, -1)}, "lengths are 0 or more"),
         ({"prefix": 2, "window": 3}, "leaves gaps"),
+        ({"prefix": 2, "blocks": some_blocks(4, 4, 2)}, "leaves gaps"),
     ],
 )
 def test_masks_that_cannot_be(change, words):
     with pytest.raises(ValueError, match=words):
         Mask(**change)
+
+
+@pytest.mark.parametrize(
+    ("size", "table", "words"),
+    [
+        (0, torch.ones(2, 2, dtype=torch.bool), "block_size=0"),
+        (4, torch.ones(2, 2), r"torch.float32 \(2, 2\); give a bool tensor"),
+        (4, torch.ones(3, dtype=torch.bool), r"torch.bool \(3,\)"),
+        (4, [[True]], r"\[\[True\]\]; give a bool tensor"),
+    ],
+)
+def test_blocks_that_cannot_be(size, table, words):
+    with pytest.raises(ValueError, match=words):
+        BlockSparse(size, table)
+
+
+def test_equal_blocks_are_one_mask():
+    one, other = (Mask(blocks=some_blocks(13, 13, 3)) for _ in range(2))
+    assert one == other
+    assert len({one, other, Mask(blocks=some_blocks(13, 13, 2))}) == 2
+    assert "5 x 5 blocks of 3" in repr(one)
 
 
 def test_orders_that_cannot_be():
@@ -413,6 +466,7 @@ def test_orders_that_cannot_be():
         ({"k": (2, 3, 4, 8), "v": (2, 3, 4, 8)}, "4 query heads over 3 key/value heads"),
         ({"k": (1, 4, 4, 8)}, "q and k share batch"),
         ({"mask": Mask(documents=(3, 4))}, "the documents have 7 positions"),
+        ({"mask": Mask(blocks=some_blocks(16, 12, 4))}, r"is \[4, 3\]; .* need \[4, 4\]"),
         ({"bias": (1, 4, 4, 15)}, r"\[2 or 1, 4 or 1, 4, 16\]"),
         ({"key_mask": (2, 5)}, r"bool \[2, 4\]"),
         ({"dropout": 1.0}, "dropout=1.0"),

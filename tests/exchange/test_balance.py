@@ -1,8 +1,9 @@
 """What orders promise of causal work, counted: scores that the tiles of each rank compute."""
 
 import pytest
+import torch
 
-from hairpin.exchange.mask import Mask
+from hairpin.exchange.mask import BlockSparse, Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.tiles import cut
 
@@ -88,3 +89,20 @@ def test_zigzag_in_each_document_is_balanced():
     assert waiting(work) < 1.03
     for kind in ("zigzag", "contiguous"):
         assert off_equal(scores(Order(kind, length), mask)) > 0.5, kind
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_that_nobody_sees_cost_nothing(kind, causal):
+    """A band of blocks beside the first ones, as in long documents."""
+    length, size = 4099, 128
+    i = torch.arange(-(-length // size))
+    band = ((i[:, None] - i).abs() < 3) | (i < 1)
+    mask = Mask(causal=causal, blocks=BlockSparse(size, band))
+    want = int(mask.sees(torch.arange(length), length).sum())
+    work = scores(Order(kind, length), mask)
+    if kind == "striped" and causal:  # diagonals are masked tiles
+        assert want <= total(work) < 1.2 * want
+    else:
+        assert total(work) == want
+    assert want < 0.3 * length**2

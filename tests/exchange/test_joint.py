@@ -12,37 +12,42 @@ from hairpin.exchange.order import Order
 from hairpin.exchange.split import SequenceSplit
 from hairpin.run.launch import launch
 
+LENGTHS = [(13, 3), (2, 5), (9, 0)]
 NAMES = ("q", "k", "v", "whole q", "whole k", "whole v")
 
 
-def tensors(length, whole, groups):
+def tensors(length, whole, heads, groups):
     made = torch.Generator().manual_seed(length + 7 * whole)
-    shapes = [(2, 4, length, 5), *[(2, groups, length, 5)] * 2]
-    shapes += [(2, 4, whole, 5), *[(2, groups, whole, 5)] * 2]
-    shapes += [(2, 4, length, 5), (2, 4, whole, 5)]
+    shapes = [(2, heads, length, 5), *[(2, groups, length, 5)] * 2]
+    shapes += [(2, heads, whole, 5), *[(2, groups, whole, 5)] * 2]
+    shapes += [(2, heads, length, 5), (2, heads, whole, 5)]
     return [torch.randn(s, generator=made, dtype=WIDE) for s in shapes]
 
 
-def truth(length, whole, groups):
+def truth(length, whole, heads, groups):
     """Both streams as one, scores written out."""
-    *given, grad, whole_grad = tensors(length, whole, groups)
+    *given, grad, whole_grad = tensors(length, whole, heads, groups)
     given = [x.requires_grad_() for x in given]
     q, k, v = (torch.cat(pair, 2) for pair in zip(given[:3], given[3:], strict=True))
-    k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+    k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
     out = (q @ k.transpose(-1, -2) / 5**0.5).softmax(-1) @ v
     grads = torch.autograd.grad(out, given, torch.cat([grad, whole_grad], 2))
     return out.detach(), dict(zip(NAMES, grads, strict=True))
 
 
-def faults():
+def faults(heads, key_heads):
     mesh, found = line(), []
     ways = [{"schedule": s} for s in ("ring", "all_gather")]
+    if mesh.world > 1:
+        ways += [{"heads": mesh.world}]
     if mesh.world == 4:
         ways += [{"schedule": s, "inner": 2} for s in ("double_ring", "hierarchical")]
-    for (length, whole), groups, way in itertools.product([(13, 3), (2, 5), (9, 0)], (4, 2), ways):
+        ways += [{"heads": 2, "heads_inside": inside} for inside in (True, False)]
+        ways += [{"heads": 2, "schedule": "all_gather"}]
+    for (length, whole), groups, way in itertools.product(LENGTHS, key_heads, ways):
         split = SequenceSplit(mesh, "sp", Order("contiguous", length), **way)
-        out, want = truth(length, whole, groups)
-        *given, grad, whole_grad = tensors(length, whole, groups)
+        out, want = truth(length, whole, heads, groups)
+        *given, grad, whole_grad = tensors(length, whole, heads, groups)
         held = split.positions
         mine = [x[:, :, held].clone().requires_grad_() for x in given[:3]]
         theirs = [x.clone().requires_grad_() for x in given[3:]]
@@ -68,7 +73,14 @@ def faults():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_two_streams_give_what_one_process_gives(world):
-    for found in launch(faults, world):
+    for found in launch(faults, world, 4, (4, 2)):
+        assert found == []
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, (2, 3)), (3, (1,))])
+def test_heads_that_do_not_divide_the_places(heads, groups):
+    """Key heads that several places use, and a place without a head."""
+    for found in launch(faults, 4, heads, groups):
         assert found == []
 
 
@@ -79,6 +91,6 @@ def test_streams_that_do_not_fit_are_refused():
         joint_attention((x, x, x), (other, other, other), split)
     with pytest.raises(ValueError, match="holds 4 of 4 positions"):
         joint_attention((other, x, x), (x, x, x), split)
-    over_heads = SequenceSplit(Mesh(sp=2), "sp", Order("contiguous", 8), heads=2)
-    with pytest.raises(ValueError, match="this split has heads=2"):
-        joint_attention((x, x, x), (x, x, x), over_heads)
+    published = SequenceSplit(Mesh(sp=2), "sp", Order("contiguous", 8), schedule="rsa")
+    with pytest.raises(ValueError, match="merges states, which schedule 'rsa' does not have"):
+        joint_attention((x, x, x), (x, x, x), published)

@@ -89,6 +89,13 @@ def test_plans_that_cannot_be(options, words):
         a_plan(**options)
 
 
+def test_masks_that_linear_attention_does_not_know_are_refused():
+    plan = a_plan(method="linear", mask=hp.Mask(causal=True, window=4))
+    x = torch.zeros(1, 2, 10, 4)
+    with pytest.raises(SequenceError, match="leave out window, prefix and blocks"):
+        plan.linear_attention(x, x, x)
+
+
 def test_a_plan_explains_itself():
     text = a_plan(1000, ranks=8, method="usp", heads_degree=2).explain()
     assert "4 ring places x 2 heads places" in text
@@ -429,6 +436,94 @@ def test_wan_unedited_with_its_rotary_embedding_and_text(world, methods):
         assert found == []
 
 
+def sd3():
+    """The second block attends within the picture too, the last one drops the text."""
+    from diffusers import SD3Transformer2DModel
+
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 3, "caption_projection_dim": 24}
+    rest = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "pos_embed_max_size": 8}
+    model = SD3Transformer2DModel(
+        **sizes, **heads, **rest, num_layers=3, dual_attention_layers=(1,)
+    )
+    given = {"hidden_states": (2, 4, 8, 6), "encoder_hidden_states": (2, 5, 12)}
+    return (
+        model,
+        given | {"pooled_projections": (2, 10)},
+        {"timestep": torch.tensor([3.0, 5.0])},
+        12,
+    )
+
+
+def flux():
+    """Blocks of both kinds, rotary embeddings over text and picture."""
+    from diffusers import FluxTransformer2DModel
+
+    heads = {"attention_head_dim": 8, "num_attention_heads": 3, "axes_dims_rope": (2, 2, 4)}
+    rest = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "in_channels": 4}
+    model = FluxTransformer2DModel(**heads, **rest, num_layers=2, num_single_layers=2)
+    given = {"hidden_states": (2, 15, 4), "encoder_hidden_states": (2, 5, 12)}
+    at = torch.arange(45.0).view(15, 3)
+    more = {"img_ids": at, "txt_ids": torch.zeros(5, 3), "timestep": torch.tensor([0.3, 0.5])}
+    return model, given | {"pooled_projections": (2, 10)}, more, 15
+
+
+def cogvideox():
+    from diffusers import CogVideoXTransformer3DModel
+
+    sizes = {"in_channels": 4, "out_channels": 4, "sample_width": 6, "sample_height": 4}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 3, "time_embed_dim": 10}
+    rest = {"text_embed_dim": 12, "max_text_seq_length": 5, "sample_frames": 9}
+    rotary = {"use_rotary_positional_embeddings": True}
+    model = CogVideoXTransformer3DModel(**sizes, **heads, **rest, **rotary, num_layers=2)
+    given = {"hidden_states": (2, 3, 4, 4, 6), "encoder_hidden_states": (2, 5, 12)}
+    turns = torch.arange(18.0 * 8).view(18, 8) / 9
+    more = {"image_rotary_emb": (turns.cos(), turns.sin()), "timestep": torch.tensor([3, 5])}
+    return model, given, more, 18
+
+
+JOINT = {
+    "transformer_sd3": sd3,
+    "transformer_flux": flux,
+    "cogvideox_transformer_3d": cogvideox,
+}
+
+
+def joint_on_ranks(name, methods):
+    mesh, found = line(), []
+    _, shapes, more, length = JOINT[name]()
+    made = torch.Generator().manual_seed(3)
+    args = {n: torch.randn(s, dtype=WIDE, generator=made) for n, s in shapes.items()} | more
+    model = seeded(lambda: JOINT[name]()[0])
+    whole = model(**args).sample
+    whole.square().mean().backward()
+    want = 1.0, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for method in methods:
+        model = seeded(lambda: JOINT[name]()[0])
+        plan = hp.plan_sequence(mesh, length=length, method=method)
+        hp.parallelize(model, plan)
+        out = model(**args).sample
+        out.square().mean().backward()
+        hp.sync_grads(model, mesh)
+        assert plan.explain().endswith("nothing but attention mixes positions")
+        if not torch.allclose(out, whole, rtol=0, atol=1e-9 * float(whole.detach().abs().max())):
+            found.append(f"{name} {method}: output")
+        got = 1.0, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found += [f"{name} {method}: {n}" for n in far(got, want, 1e-9)]
+    return found
+
+
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize(
+    ("world", "methods"), [(2, METHODS[:2]), pytest.param(4, METHODS, marks=pytest.mark.slow)]
+)
+def test_pictures_and_films_that_attend_jointly_with_their_text(name, world, methods):
+    """The text stays whole on every rank: three heads, parts that are not equal."""
+    pytest.importorskip(f"diffusers.models.transformers.{name}")
+    for found in launch(joint_on_ranks, world, name, methods):
+        assert found == []
+
+
 def trained(sp, steps, dtype):
     """Losses of some steps of a small Llama on one mesh."""
     mesh = line(dp=1, sp=sp)
@@ -536,14 +631,66 @@ def test_named_modules_are_watched_and_must_attend():
         model(x)
 
 
+class Both(nn.Module):
+    """Text and picture in one attention, the text first."""
+
+    def forward(self, x, text):
+        y = torch.cat([text, x], 1)[:, None]
+        y = F.scaled_dot_product_attention(y, y, y)[:, 0]
+        return y[:, text.shape[1] :], y[:, : text.shape[1]]
+
+
+def test_a_stream_beside_the_split_one_is_seen_whole():
+    whole, x, text = Both(), torch.randn(2, 10, 4), torch.randn(2, 3, 4)
+    want = whole(x, text)
+    model, way = nn.ModuleList([whole]), hp.Route(attention=("0",), beside="before")
+    hp.parallelize(model, a_plan(mask=hp.Mask()), way=way)
+    torch.testing.assert_close(whole(x, text), want)
+    hp.detach(model)
+    hp.parallelize(model, a_plan(), way=way)
+    model[0].forward(x, text[:, :0])  # nothing beside it: any mask will do
+    hp.detach(model)
+    hp.parallelize(model, a_plan(mask=hp.Mask(window=3)), way=way)
+    with pytest.raises(SequenceError, match="'0' attends to another stream too, under Mask"):
+        whole(x, text)
+
+
 def test_routes_that_name_nothing_leave_the_model_as_it_was():
     model = nn.Sequential(Attends())
     with pytest.raises(SequenceError, match="no module '1'"):
         hp.parallelize(model, a_plan(), way=hp.Route(attention=("1",)))
+    model.add_module("empty", nn.ModuleList())
+    with pytest.raises(SequenceError, match="no blocks in empty"):
+        hp.parallelize(model, a_plan(), way=hp.Route(attention=("0",), blocks="empty"))
     with pytest.raises(SequenceError, match="no list of blocks at 'blocks'"):
         hp.parallelize(model, a_plan(), way=hp.Route(attention=("0",), blocks="blocks"))
     assert hp.detach(model) is None
     assert "forward" not in model[0].__dict__
+
+
+def blocks_on_ranks():
+    """A routed model under a mask by blocks, on some ranks and on one."""
+    mesh, outs = line(), []
+    seen = torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    seen.fill_diagonal_(True)  # every query sees itself
+    mask = hp.Mask(causal=True, blocks=hp.BlockSparse(3, seen))
+    tokens = tokens_of(11)["input_ids"]
+    for where in (Mesh(sp=1), mesh):
+        plan = hp.plan_sequence(where, length=11, mask=mask)
+        model = hp.parallelize(seeded(llama), plan)
+        logits = model(**plan.shard({"input_ids": tokens}), use_cache=False).logits
+        outs.append(plan.gather(logits).detach())
+    dense = mask.sees(torch.arange(11), 11)
+    want = seeded(llama)
+    hidden = torch.zeros(11, 11, dtype=WIDE).masked_fill(~dense, -1e30)
+    got = want(input_ids=tokens, attention_mask=hidden.expand(2, 1, -1, -1)).logits.detach()
+    return [float((x - got).abs().max()) for x in outs]
+
+
+def test_a_language_model_under_a_mask_by_blocks():
+    transformers_here()
+    for far_off in launch(blocks_on_ranks, 3):
+        assert max(far_off) < 1e-10
 
 
 def test_two_plans_on_one_model_are_refused():

@@ -70,6 +70,15 @@ def from_heads(x: Tensor, split: HeadSplit) -> Tensor:
     return result
 
 
+def all_heads(x: Tensor, split: HeadSplit) -> Tensor:
+    """All heads of what every place has some heads of: ``[b, h, w, e]``, the same on all places.
+
+    Its gradient is a place's term of a sum: terms of one head are added up at its place.
+    """
+    result: Tensor = _AllHeads.apply(x, split)
+    return result
+
+
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, split: HeadSplit) -> Qkv:
@@ -94,6 +103,31 @@ class _FromHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         nothing = grads[0].new_empty(grads[0].shape[0], ctx.split.key_heads, 0, 0)
         return _turn((grads[0], nothing, nothing), ctx.split, keys=False)[0], None
+
+
+class _AllHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split: HeadSplit) -> Tensor:
+        ctx.split = split
+        mine = x.contiguous()
+        shapes = [
+            [(x.shape[0], len(split.heads_of(place)), *x.shape[2:])]
+            for place in range(split.places.size)
+        ]
+        parts = _swap(split.places, [mine.view(-1)] * len(shapes), shapes, what="all heads")
+        return torch.cat([part for (part,) in parts], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        split, grad = ctx.split, grads[0]
+        held = [split.heads_of(place) for place in range(split.places.size)]
+        sends = [grad[:, heads.start : heads.stop] for heads in held]
+        mine = sends[split.places.rank]
+        shapes = [[tuple(mine.shape)]] * len(sends)
+        parts = _swap(split.places, [_packed([x]) for x in sends], shapes, what="all heads' terms")
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        return torch.stack([part for (part,) in parts]).sum(0, dtype=dtype).to(grad.dtype), None
 
 
 def _turn(qkv: Qkv, split: HeadSplit, *, keys: bool = True) -> Qkv:

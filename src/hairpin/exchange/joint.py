@@ -2,7 +2,8 @@
 
 Text beside the patches of a film, or class tokens beside an image: in each attention all queries
 see all keys of both (MM-DiT, Esser et al. 2024, arXiv 2403.03206). The short stream is not split.
-Its queries meet each rank's keys there, and their states, not the keys, cross the ranks.
+Its queries meet each rank's keys there, and their states, not the keys, cross the ranks. Where the
+split turns to the heads, each place takes the short stream's part of its heads.
 
 Dims: b batch, h heads, g key/value heads, s positions of this rank, w of the whole stream, d, e.
 """
@@ -18,6 +19,7 @@ from hairpin.comm.eager import eager
 from hairpin.errors import SequenceError
 from hairpin.exchange.api import call_of
 from hairpin.exchange.block import attend, attend_backward
+from hairpin.exchange.heads import HeadSplit, all_heads, from_heads, to_heads
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.places import Places
 from hairpin.exchange.port import Block, Qkv, State
@@ -35,7 +37,7 @@ def joint_attention(
         split_qkv: q ``[b, h, s, d]``, k ``[b, g, s, d]``, v ``[b, g, s, e]`` at
             ``split.positions``.
         whole_qkv: q ``[b, h, w, d]``, k ``[b, g, w, d]``, v ``[b, g, w, e]``, equal on all ranks.
-        split: with ``heads=1``.
+        split: with any schedule but ``"rsa"``.
         scale: ``d ** -0.5`` if left out.
 
     Returns:
@@ -43,12 +45,12 @@ def joint_attention(
         gradients of the whole stream are this rank's term, as docs/gradients.md has it.
 
     Raises:
-        SequenceError: shapes that do not fit, or a split over heads.
+        SequenceError: shapes that do not fit, or schedule ``"rsa"``.
     """
-    if split.heads > 1 or split.schedule == "rsa":
+    if split.schedule == "rsa":
         raise SequenceError(
-            f"joint attention crosses ranks by keys, and this split has heads={split.heads}, "
-            f"schedule={split.schedule!r}; plan with method='ring', 'all_gather' or their relatives"
+            "joint attention merges states, which schedule 'rsa' does not have; plan with "
+            "method='ring', 'ulysses', 'usp' or their relatives"
         )
     for name, x in zip("qkv", split_qkv, strict=True):
         require_sequence(x, len(split.positions), what=name, split=split)
@@ -61,8 +63,34 @@ def joint_attention(
     call = call_of(split, split, Mask(), split_qkv[0])
     if scale is not None:
         call = replace(call, scale=scale)
-    mine, whole = _Joint.apply(*split_qkv, *whole_qkv, call)
-    return mine, whole
+    if split.heads == 1:
+        mine, whole = _Joint.apply(*split_qkv, *whole_qkv, call)
+        return mine, whole
+    heads = _head_split(split_qkv, split)
+    place = heads.places.rank
+    call = replace(call, heads=tuple(heads.heads_of(place)), key_heads=heads.pairing())
+    theirs = [x[:, slice_of(heads, place)] for x, slice_of in zip(whole_qkv, _SLICES, strict=True)]
+    mine, whole = _Joint.apply(*to_heads(split_qkv, heads), *theirs, call)
+    return from_heads(mine, heads), all_heads(whole, heads)
+
+
+def _head_split(qkv: Qkv, split: SequenceSplit) -> HeadSplit:
+    places = split.heads_places()
+    rows = tuple(len(split.positions_of(member)) for member in places.members)
+    return HeadSplit(places, qkv[0].shape[1], qkv[1].shape[1], rows, rows)
+
+
+def _of_queries(heads: HeadSplit, place: int) -> slice:
+    mine = heads.heads_of(place)
+    return slice(mine.start, mine.stop)
+
+
+def _of_keys(heads: HeadSplit, place: int) -> slice:
+    theirs = heads.key_heads_of(place)
+    return slice(theirs.start, theirs.stop)
+
+
+_SLICES = (_of_queries, _of_keys, _of_keys)
 
 
 class _Joint(torch.autograd.Function):
@@ -70,12 +98,12 @@ class _Joint(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, call = args
         q, k, v, whole_q, whole_k, whole_v = (x.contiguous() for x in tensors)
-        block = Block(call.scale)
+        block = Block(call.scale, heads=call.key_heads)
         (out, lse), _ = attend_blocks(Operands(q, k, v), call)
         whole_out, whole_lse = _across_ranks(_attended((whole_q, k, v), block), call)
         if whole_q.shape[2]:
             merge(out, lse, *_attended((q, whole_k, whole_v), block))
-            merge(whole_out, whole_lse, *attend((whole_q, whole_k, whole_v), block))
+            merge(whole_out, whole_lse, *_attended((whole_q, whole_k, whole_v), block))
         ctx.call = call
         saved = (out, lse, whole_out, whole_lse)
         ctx.save_for_backward(q, k, v, whole_q, whole_k, whole_v, *saved)
@@ -85,7 +113,8 @@ class _Joint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, whole_q, whole_k, whole_v, out, lse, whole_out, whole_lse = ctx.saved_tensors
-        call, block = ctx.call, Block(ctx.call.scale)
+        call = ctx.call
+        block = Block(call.scale, heads=call.key_heads)
         grad, whole_grad = cotangents
         state, whole_state = (out, lse), (whole_out, whole_lse)
         of_q, of_k, of_v, _ = gradients(Operands(q, k, v), call, grad, state)
@@ -99,7 +128,7 @@ class _Joint(torch.autograd.Function):
                 ((3, 4, 5), whole_grad, (whole_q, whole_k, whole_v), whole_state),
             )
             for places, cotangent, qkv, states in parts:
-                if not all(x.shape[2] for x in qkv):
+                if not all(x.shape[1] and x.shape[2] for x in qkv):
                     continue
                 terms = attend_backward(cotangent, qkv, states, block)[:3]
                 for place, term in zip(places, terms, strict=True):
@@ -109,9 +138,9 @@ class _Joint(torch.autograd.Function):
 
 
 def _attended(qkv: Qkv, block: Block) -> State:
-    """A state; of no queries or no keys an empty one."""
+    """A state; of no queries, keys or heads an empty one."""
     q, k, v = qkv
-    if q.shape[2] and k.shape[2]:
+    if q.shape[1] and q.shape[2] and k.shape[2]:
         return attend(qkv, block)
     out = torch.zeros_like(q[..., :1], dtype=torch.promote_types(q.dtype, torch.float32))
     return out.expand(*q.shape[:3], v.shape[3]).clone(), out[..., 0] - torch.inf
@@ -140,13 +169,17 @@ def _summed(x: Tensor, call: Call) -> Tensor:
     if places is None:
         return x
     total = x.contiguous().clone()
-    places.link.sum(total, what="gradient of the whole stream")()
-    return total
+    if places.size == places.link.size:
+        places.link.sum(total, what="gradient of the whole stream")()
+        return total
+    terms = [torch.empty_like(total) for _ in range(places.size)]
+    terms[places.rank] = total
+    places.exchange([total] * places.size, terms, what="gradient of the whole stream")()
+    return torch.stack(terms).sum(0)
 
 
 def _places(call: Call) -> Places | None:
-    """All ranks of the axis; None where there is one."""
+    """The ranks that keys cross; None where there is one."""
     if not call.levels:
         return None
-    link = call.levels[0].places.link
-    return Places(link, tuple(range(link.size)))
+    return Places(call.levels[0].places.link, tuple(call.keys))

@@ -74,9 +74,7 @@ class _Rsa(torch.autograd.Function):
 
 
 def _seen(call: Call, key_mask: Tensor | None, q: Tensor) -> Tensor:
-    first, stop = call.mask.interval(call.queries, call.key_length)
-    keys = torch.arange(call.key_length)
-    seen = ((keys >= first[:, None]) & (keys < stop[:, None])).to(q.device)
+    seen = call.mask.sees(call.queries, call.key_length).to(q.device)
     return seen if key_mask is None else seen & key_mask[:, None, None, :]
 
 

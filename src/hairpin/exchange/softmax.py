@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -139,7 +140,7 @@ def attend_blocks(operands: Operands, call: Call) -> tuple[State, list[Tensor]]:
     out: Tensor = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=wide(q.dtype))
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide(q.dtype))
     fetched: list[Tensor] = []
-    met: list[slice] = []  # rows that have seen keys
+    met = np.zeros(q.shape[2], dtype=bool)  # rows that have seen keys
     for owner, packed in _blocks(call.levels, call.own, shapes.packed(k, v), shapes):
         if [level.kind for level in call.levels] == ["gather"] and owner != call.own:
             fetched.append(packed)  # one gather serves the backward too
@@ -148,11 +149,11 @@ def attend_blocks(operands: Operands, call: Call) -> tuple[State, list[Tensor]]:
             rows = tile.rows
             qkv = (q[:, :, rows], keys[:, :, tile.keys], values[:, :, tile.keys])
             state = attend(qkv, operands.block(tile, owner, call))
-            if all(rows.start >= seen.stop or seen.start >= rows.stop for seen in met):
-                out[:, :, rows], lse[:, :, rows] = state
-            else:
+            if met[rows].any():
                 merge(out[:, :, rows], lse[:, :, rows], *state)
-            met.append(rows)
+            else:
+                out[:, :, rows], lse[:, :, rows] = state
+            met[rows] = True
     return (out, lse), fetched
 
 

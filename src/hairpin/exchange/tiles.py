@@ -2,12 +2,13 @@
 
 Where a query sees an interval of the keys' positions, the scores of sorted queries and keys are
 bounded by two staircases. Between them lie rectangles that are seen whole, triangles that a
-kernel's causal flag covers, and bands that need a mask. What nobody sees is in no tile: it costs
-nothing.
+kernel's causal flag covers, and bands that need a mask. Where it sees some blocks of them, the
+rectangles of seen blocks are cut like that, each for itself. What nobody sees is in no tile: it
+costs nothing.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -38,6 +39,10 @@ class Tile:
     first: Tensor | None = None
     stop: Tensor | None = None
 
+    def moved(self, rows: int, keys: int) -> "Tile":
+        """The same tile of a block that this one's begins ``rows`` and ``keys`` into."""
+        return replace(self, rows=_moved(self.rows, rows), keys=_moved(self.keys, keys))
+
     @property
     def scores(self) -> int:
         """Scores that a kernel computes for it: half of a causal tile."""
@@ -56,6 +61,8 @@ def cut(queries: Tensor, keys: Tensor, mask: Mask, key_length: int) -> list[Tile
     """
     if not len(queries) or not len(keys):
         return []
+    if mask.blocks is not None:
+        return _cut_blocks(queries, keys, mask, key_length)
     lower, upper = mask.interval(queries, key_length)
     first = torch.searchsorted(keys, lower).numpy()
     stop = np.maximum(torch.searchsorted(keys, upper).numpy(), first)
@@ -66,6 +73,26 @@ def cut(queries: Tensor, keys: Tensor, mask: Mask, key_length: int) -> list[Tile
     for start, end, kind in pieces:
         tiles += _tiles(start, end, kind, first, stop)
     return tiles
+
+
+def _cut_blocks(queries: Tensor, keys: Tensor, mask: Mask, key_length: int) -> list[Tile]:
+    assert mask.blocks is not None
+    rest = replace(mask, blocks=None)
+    first, stop = (x.numpy() for x in rest.interval(queries, key_length))
+    at = keys.numpy()
+    tiles: list[Tile] = []
+    for rows, columns in mask.blocks.rectangles(queries, keys):
+        low, high = at[columns.start], at[columns.stop - 1]
+        if stop[rows].min() > high and first[rows].max() <= low:
+            tiles.append(Tile(rows, columns, "full"))
+        elif stop[rows].max() > low and first[rows].min() <= high:
+            pieces = cut(queries[rows], keys[columns], rest, key_length)
+            tiles += [tile.moved(rows.start, columns.start) for tile in pieces]
+    return tiles
+
+
+def _moved(x: slice, by: int) -> slice:
+    return slice(x.start + by, x.stop + by)
 
 
 def _pieces(first: Ints, stop: Ints) -> Iterator[tuple[int, int, str]]:

@@ -9,19 +9,32 @@ is registered beside the library's own, all others by watching for
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hairpin.comm.agree import all_statements
+from hairpin.comm.eager import eager
 from hairpin.errors import SequenceError
 from hairpin.exchange.api import attention
+from hairpin.exchange.joint import joint_attention
 from hairpin.exchange.mask import Mask
+from hairpin.exchange.port import Qkv
 from hairpin.exchange.stream import put_together, take
 from hairpin.kernels.random import uniform
 from hairpin.kernels.routed import GatedLinearAttention, SoftmaxAttention
+from hairpin.planning.mixing import (
+    FEWEST,
+    NoAnswer,
+    Probe,
+    Reached,
+    copied,
+    find_mixing,
+    some_positions,
+)
 from hairpin.planning.sequence import SequencePlan
 
 _MARK = "_hairpin_route"
@@ -36,15 +49,20 @@ class Route:
 
     Attributes:
         attention: modules that call ``F.scaled_dot_product_attention`` along the sequence.
-        blocks: path of the list of blocks whose stream ``[b, s, c]`` is split before the first and
-            put together after the last; None where the caller splits the batch
-            (``plan.shard``).
+        blocks: path of the list of blocks whose stream ``[b, s, c]``, their first argument, is
+            split before the first and put together after the last; several lists that follow each
+            other; None where the caller splits the batch (``plan.shard``).
         along: arguments of the blocks that go along the sequence too, and their dim.
+        beside: where another stream, whole on every rank, stands in those attentions that have it
+            in one sequence with the split one: ``"before"`` it or ``"after"`` it.
+        output: which result of the last block is the split stream, where there are several.
     """
 
     attention: tuple[str, ...] = ()
-    blocks: str | None = None
+    blocks: str | tuple[str, ...] | None = None
     along: Mapping[str, int] = field(default_factory=dict)
+    beside: Literal["before", "after"] | None = None
+    output: int = 0
 
 
 # by the class that a library gives its model; whatever holds one of them is routed inside
@@ -55,6 +73,25 @@ _KNOWN: Mapping[str, Route] = {
     ),
     "diffusers.models.transformers.transformer_wan.WanTransformer3DModel": Route(
         attention=("blocks.*.attn1",), blocks="blocks", along={"rotary_emb": 1}
+    ),
+    "diffusers.models.transformers.transformer_sd3.SD3Transformer2DModel": Route(
+        attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+        blocks="transformer_blocks",
+        beside="after",
+        output=1,
+    ),
+    "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel": Route(
+        attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        along={"image_rotary_emb": 0},
+        beside="before",
+        output=1,
+    ),
+    "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel": Route(
+        attention=("transformer_blocks.*.attn1",),
+        blocks="transformer_blocks",
+        along={"image_rotary_emb": 0},
+        beside="before",
     ),
     "hairpin.models.vit.model.ViT": Route(blocks="blocks"),
 }
@@ -99,8 +136,10 @@ def _route(model: nn.Module, attachment: "Attached", way: Route | None) -> None:
             "hp.Route(attention=['blocks.*.attn'])"
         )
     if way.blocks is not None:
-        _route_stream(model, prefix + way.blocks, way, attachment)
+        _route_stream(model, prefix, way, attachment)
     _route_dropout(model, attachment)
+    first = _First(attachment, cuts=way.blocks is not None)
+    model.register_forward_pre_hook(first, with_kwargs=True)
 
 
 def unroute(model: nn.Module) -> SequencePlan | None:
@@ -118,7 +157,7 @@ def _take_off(model: nn.Module) -> None:
         attachment = module.__dict__.pop(_MARK, None)
         if isinstance(module.__dict__.get("forward"), _ROUTED):
             del module.__dict__["forward"]
-        drop_hooks(module, lambda hook: isinstance(hook, _STREAM))
+        drop_hooks(module, lambda hook: isinstance(hook, _HOOKS))
         if isinstance(attachment, Attached) and attachment.before is not None:
             named: Any = module
             if _is_transformers(module) and named.config._attn_implementation == _NAME:
@@ -146,11 +185,13 @@ class Attached:
 
     Attributes:
         before: attention implementation that a model of transformers had; None for other models.
+        probe: of the run under way that looks for what mixes positions; None in every other call.
     """
 
     def __init__(self, plan: SequencePlan) -> None:
         self.plan = plan
         self.before: str | None = None
+        self.probe: Probe | None = None
 
     def mark(self, module: nn.Module) -> None:
         """Let a module know the plan."""
@@ -158,9 +199,40 @@ class Attached:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention over the ranks; ``mask`` refines that of the plan."""
+        if self.probe is not None:
+            return self.probe.attend(q, k, v)
         if options.get("dropout"):
             options["seed"] = _seed()
         return attention(q, k, v, self.plan.split, **options)
+
+    @property
+    def held(self) -> int:
+        """Positions of the split stream that this call is on."""
+        return len(self.plan.positions if self.probe is None else self.probe.rows)
+
+    def attend_jointly(self, qkv: Qkv, *, before: bool, scale: float | None) -> Tensor:
+        """Attention of the split stream and of one that is whole ``before`` it, or after it."""
+        whole = qkv[0].shape[2] - self.held
+        sizes = [whole, self.held] if before else [self.held, whole]
+        streams = [x.split(sizes, 2) for x in qkv]
+        (q, k, v), others = (tuple(x[i] for x in streams) for i in (before, not before))
+        if self.probe is not None:
+            outs = self.probe.attend(q, k, v), others[2]
+        else:
+            outs = joint_attention((q, k, v), others, self.plan.split, scale=scale)
+        return torch.cat(outs[::-1] if before else outs, 2)
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a whole stream."""
+        if self.probe is not None and x.shape[dim] == self.plan.length:
+            return self.probe.take(x, dim)
+        return take(x, self.plan.split, dim)
+
+    def put_together(self, x: Tensor) -> Tensor:
+        """The whole of a stream ``[b, s, c]``."""
+        if self.probe is not None:
+            raise Reached(x)
+        return put_together(x, self.plan.split, 1, grad="replicated")
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., object]) -> None:
         """Give one module another forward."""
@@ -219,15 +291,17 @@ def _linear(attachment: Attached, path: str) -> Callable[..., Tensor]:
             f"to the next, and the plan deals it {plan.split.order.kind} over "
             f"{plan.split.heads} heads places; plan with method='linear'"
         )
-    return _Linear(plan)
+    return _Linear(attachment)
 
 
 @dataclass(frozen=True)
 class _Linear:
-    plan: SequencePlan
+    attached: Attached
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        return self.plan.linear_attention(q, k, v, log_decay)
+        if self.attached.probe is not None:
+            return self.attached.probe.attend(q, k, v, log_decay)
+        return self.attached.plan.linear_attention(q, k, v, log_decay)
 
 
 # ----------------------------------------------------------------------------------- transformers
@@ -321,31 +395,34 @@ def transformers_attention(
 
 def _route_named(model: nn.Module, prefix: str, way: Route, attachment: Attached) -> int:
     patterns = [prefix + pattern for pattern in way.attention]
+    known = way in _KNOWN.values()
     found = [
         (path, module)
         for path, module in model.named_modules()
         if any(fnmatchcase(path, pattern) for pattern in patterns)
     ]
     missing = [p for p in patterns if not any(fnmatchcase(path, p) for path, _ in found)]
-    if missing:
+    if missing and not (known and found):  # not all sizes of a known model have all modules
         raise SequenceError(
             f"this {type(model).__name__} has no module {missing[0]!r}; its modules are named "
             f"like {', '.join(path for path, _ in list(model.named_modules())[1:6])}"
         )
     for path, module in found:
-        attachment.replace_forward(module, _Watched(module, path, attachment))
+        attachment.replace_forward(module, _Watched(module, path, attachment, way.beside))
     return len(found)
 
 
 class _Watched:
     """Runs a module's own forward, its one call of torch's attention going over the ranks."""
 
-    def __init__(self, module: nn.Module, path: str, attachment: Attached) -> None:
+    def __init__(
+        self, module: nn.Module, path: str, attachment: Attached, beside: str | None
+    ) -> None:
         self.forward = type(module).forward.__get__(module)
-        self.path, self.attachment = path, attachment
+        self.path, self.attachment, self.beside = path, attachment, beside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = _Watch(self.path, self.attachment)
+        watch = _Watch(self.path, self.attachment, self.beside)
         with watch:
             result = self.forward(*args, **kwargs)
         if not watch.calls:
@@ -361,9 +438,9 @@ _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # in t
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, path: str, attachment: Attached) -> None:
+    def __init__(self, path: str, attachment: Attached, beside: str | None) -> None:
         super().__init__()
-        self.path, self.attachment, self.calls = path, attachment, 0
+        self.path, self.attachment, self.beside, self.calls = path, attachment, beside, 0
 
     def __torch_function__(
         self,
@@ -384,30 +461,48 @@ class _Watch(TorchFunctionMode):
                 "of this rank's part alone; masks follow from the plan"
             )
         mask = replace(self.attachment.plan.mask, causal=bool(call.get("is_causal", False)))
-        return self.attachment.attend(
-            *(call[name] for name in _SDPA[:3]),
-            mask=mask,
-            scale=call.get("scale"),
-            dropout=call.get("dropout_p", 0.0),
+        q, k, v = (call[name] for name in _SDPA[:3])
+        dropout, scale = call.get("dropout_p", 0.0), call.get("scale")
+        if self.beside is None or q.shape[2] == self.attachment.held:
+            return self.attachment.attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
+        if mask != Mask() or dropout:
+            raise SequenceError(
+                f"module '{self.path}' attends to another stream too, under {mask} with "
+                f"dropout={dropout}; in such attention all keys count and nothing is dropped: plan "
+                "with mask=hp.Mask() and set its dropout to 0"
+            )
+        return self.attachment.attend_jointly(
+            (q, k, v), before=self.beside == "before", scale=scale
         )
 
 
 # --------------------------------------------------------------------------------------- the stream
 
 
-def _route_stream(model: nn.Module, path: str, way: Route, attachment: Attached) -> None:
+def _route_stream(model: nn.Module, prefix: str, way: Route, attachment: Attached) -> None:
+    paths = (way.blocks,) if isinstance(way.blocks, str) else way.blocks or ()
+    blocks = [block for path in paths for block in _blocks(model, prefix + path)]
+    if not blocks:
+        raise SequenceError(
+            f"this {type(model).__name__} has no blocks in {' or '.join(paths)}; name its list of "
+            "blocks with hp.Route(blocks='...')"
+        )
+    blocks[0].register_forward_pre_hook(_Enter(attachment), with_kwargs=True)
+    if way.along:
+        beside = _Beside(attachment, way.along, way.beside)
+        for block in blocks:
+            block.register_forward_pre_hook(beside, with_kwargs=True)
+    blocks[-1].register_forward_hook(_Leave(attachment, way.output))
+
+
+def _blocks(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     blocks = dict(model.named_modules()).get(path)
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         raise SequenceError(
             f"this {type(model).__name__} has no list of blocks at {path!r}; name it with "
             "hp.Route(blocks='...')"
         )
-    plan = attachment.plan
-    blocks[0].register_forward_pre_hook(_Enter(plan), with_kwargs=True)
-    if way.along:
-        for block in blocks:
-            block.register_forward_pre_hook(_Beside(plan, way.along), with_kwargs=True)
-    blocks[len(blocks) - 1].register_forward_hook(_Leave(plan))
+    return blocks
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -417,41 +512,58 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 class _Enter:
     """Cuts the stream before the first block."""
 
-    plan: SequencePlan
+    attached: Attached
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         if args:
-            return (take(args[0], self.plan.split, 1), *args[1:]), kwargs
+            return (self.attached.take(args[0], 1), *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: take(kwargs[name], self.plan.split, 1)}
+        return args, {**kwargs, name: self.attached.take(kwargs[name], 1)}
 
 
 @dataclass(frozen=True)
 class _Beside:
     """Cuts what goes along the stream, before each block."""
 
-    plan: SequencePlan
+    attached: Attached
     along: Mapping[str, int]
+    beside: str | None
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         bound = _bound(block, args, kwargs)
         along = {name: dim for name, dim in self.along.items() if name in bound}
-        parts = {name: _taken(bound[name], self.plan, dim) for name, dim in along.items()}
+        parts = {name: self._taken(bound[name], dim) for name, dim in along.items()}
         new = tuple(parts.get(name, x) for name, x in zip(bound, args, strict=False))
         return new, {name: parts.get(name, x) for name, x in kwargs.items()}
+
+    def _taken(self, x: Any, dim: int) -> Any:
+        """The part; what is longer than the sequence is of the stream that stays whole too."""
+        if isinstance(x, (tuple, list)):
+            return type(x)(self._taken(item, dim) for item in x)
+        if not isinstance(x, Tensor):
+            return x
+        length = self.attached.plan.length
+        whole = x.shape[dim] - length
+        if self.beside is None or whole <= 0:
+            return self.attached.take(x, dim)
+        before = self.beside == "before"
+        parts = list(x.split([whole, length] if before else [length, whole], dim))
+        parts[before] = self.attached.take(parts[before], dim)
+        return torch.cat(parts, dim)
 
 
 @dataclass(frozen=True)
 class _Leave:
     """Puts the stream together after the last block."""
 
-    plan: SequencePlan
+    attached: Attached
+    output: int
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            whole = put_together(output[0], self.plan.split, 1, grad="replicated")
-            return (whole, *output[1:])
-        return put_together(output, self.plan.split, 1, grad="replicated")
+            whole = self.attached.put_together(output[self.output])
+            return (*output[: self.output], whole, *output[self.output + 1 :])
+        return self.attached.put_together(output)
 
 
 def _bound(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,10 +572,74 @@ def _bound(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return dict(signature(block.forward).bind_partial(*args, **kwargs).arguments)
 
 
-def _taken(x: Any, plan: SequencePlan, dim: int) -> Any:
-    if isinstance(x, (tuple, list)):
-        return type(x)(_taken(item, plan, dim) for item in x)
-    return take(x, plan.split, dim) if isinstance(x, Tensor) else x
+# ---------------------------------------------------------------------- what mixes beside attention
+
+
+@dataclass(frozen=True)
+class _First:
+    """Before the first call, in training and not: does anything but attention mix positions?
+
+    Every rank asks, and all go on or all refuse. Sends a few bytes, which count as control.
+
+    Attributes:
+        cuts: whether the model cuts its stream itself; else the caller gives this rank's part.
+    """
+
+    attached: Attached
+    cuts: bool
+    asked: set[bool] = field(default_factory=set)
+
+    @eager
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        plan = self.attached.plan
+        mesh, axis = plan.split.mesh, plan.split.axis
+        if model.training in self.asked or mesh.size(axis) == 1 or self.attached.probe is not None:
+            return
+        positions = plan.length if self.cuts else len(plan.positions)
+        few = f"a rank holds {positions} positions" if positions < FEWEST else ""
+        answers = all_statements(few, mesh, axis)
+        if not any(answers):
+            answers = all_statements(self._answer(model, (args, kwargs)), mesh, axis)
+        mixes = next((answer for answer in answers if _MIXES in answer), None)
+        if mixes is not None:
+            raise SequenceError(mixes)
+        self.asked.add(model.training)
+        unknown = next((answer for answer in answers if answer), None)
+        plan.noted(type(model).__name__, unknown)
+
+    def _answer(self, model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+        """What this rank finds: nothing, what mixes, or why it cannot tell."""
+        plan, attached = self.attached.plan, self.attached
+        length = len(plan.positions)
+
+        def run(probe: Probe) -> object:
+            args, kwargs = copied(inputs) if self.cuts else some_positions(inputs, length, probe)
+            attached.probe = probe
+            try:
+                return model.forward(*args, **kwargs)
+            finally:
+                attached.probe = None
+
+        positions = plan.length if self.cuts else length
+        try:
+            path = find_mixing(model, run, positions, watching=not self.cuts)
+        except NoAnswer as error:
+            return str(error)
+        return "" if path is None else _mixing(model, path)
+
+
+_MIXES = "mixes positions outside its attention"
+
+
+def _mixing(model: nn.Module, path: str) -> str:
+    inside = f"in module '{path}' ({type(model.get_submodule(path)).__name__})"
+    return (
+        f"this {type(model).__name__} {_MIXES}, {inside if path else 'in its own forward'}: what "
+        "it gives for one depends on which others are beside it, or on its place in this rank's "
+        "part, so several ranks would give other numbers than one. Pass the position_ids of "
+        "plan.shard; cut the stream where only attention mixes, with hp.Route(blocks='...'); or "
+        "run that module on plan.gather(x)"
+    )
 
 
 # -------------------------------------------------------------------------------------- dropout
@@ -502,4 +678,4 @@ class _Dropout:
 
 
 _ROUTED = (_Softmax, _Linear, _Watched, _Dropout)
-_STREAM = (_Enter, _Beside, _Leave)
+_HOOKS = (_Enter, _Beside, _Leave, _First)

@@ -1,7 +1,8 @@
 """A plan for one long sequence: how it is dealt to ranks and how its attention crosses them."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, cast, get_args
 
@@ -27,6 +28,7 @@ Method = Literal[
     "auto", "ring", "double_ring", "all_gather", "hierarchical", "rsa", "ulysses", "usp", "linear"
 ]
 IGNORED = -100  # label of a token that has none, as everywhere in PyTorch
+_log = logging.getLogger(__name__)
 _TOKENS = ("input_ids", "tokens", "inputs_embeds")
 
 
@@ -43,6 +45,7 @@ class SequencePlan:
     split: SequenceSplit
     mask: Mask
     candidates: tuple[Candidate, ...] = ()
+    _notes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -103,7 +106,16 @@ class SequencePlan:
     def linear_attention(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
     ) -> Tensor:
-        """:func:`hairpin.linear_attention` under this plan, whose parts must be contiguous."""
+        """:func:`hairpin.linear_attention` under this plan, whose parts must be contiguous.
+
+        Raises:
+            SequenceError: the plan's mask has a window, a prefix or blocks: states have none.
+        """
+        if self.mask != Mask(causal=self.mask.causal, documents=self.mask.documents):
+            raise SequenceError(
+                f"linear attention with {self.mask}: its states know causality and documents; "
+                "leave out window, prefix and blocks"
+            )
         return linear_attention(
             q,
             k,
@@ -143,9 +155,20 @@ class SequencePlan:
             f"keys cross by {split.schedule}" if split.ring > 1 else "keys stay",
             f"mask: {self.mask}",
         ]
+        lines += [f"{model}: {note}" for model, note in self._notes.items()]
         if self.candidates:
             lines += ["", explain(self.candidates)]
         return "\n".join(lines)
+
+    def noted(self, model: str, unknown: str | None) -> None:
+        """Keep for :meth:`explain` whether a model mixes positions nowhere but in attention."""
+        if unknown is None:
+            self._notes.setdefault(model, "nothing but attention mixes positions")
+            return
+        note = f"not known whether only attention mixes positions: {unknown}"
+        if self._notes.get(model) != note:
+            _log.warning("%s: %s", model, note)
+        self._notes[model] = note
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """The label of the next position; -100 at the end of each document."""

@@ -93,7 +93,7 @@ def count_work(kind: Kind, shape: AttentionShape, places: int) -> Counts:
     A long sequence is counted at a smaller scale, and of many places only some.
     """
     mask, scale = shape.mask, 1
-    if mask.documents is None and shape.length > _COUNTED_LENGTH:
+    if mask.documents is None and mask.blocks is None and shape.length > _COUNTED_LENGTH:
         scale = shape.length // _COUNTED_LENGTH
         window = None if mask.window is None else -(-mask.window // scale)
         mask = replace(mask, window=window, prefix=mask.prefix // scale)
