@@ -24,7 +24,12 @@ WAYS = [
     ("gather", "gather", 2),
     ("channels", "gather", 3),
     ("channels", "ring", 20),
+    ("channels", "gather", 2, 3),
+    ("ring", "ring", 1, 2),
+    ("gather", "gather", 1, 50),
 ]
+WORDS = ("product", "passing", "pieces", "chunks")
+
 SIZES = {"uneven": (7, 13), "tiny": (2, 3), "one": (1, 1)}
 
 
@@ -93,11 +98,15 @@ def split_run(case, mesh, **words):
     return result
 
 
+def words_of(way):
+    return dict(zip(WORDS, way, strict=False))
+
+
 def check_stack(case, ways):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
     wanted = truth.truth_of(case)
     for way in ways:
-        got = split_run(case, mesh, **dict(zip(("product", "passing", "pieces"), way, strict=True)))
+        got = split_run(case, mesh, **words_of(way))
         truth.require_equal(got, wanted, f"{case.name}, {way}")
 
 

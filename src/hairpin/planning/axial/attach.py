@@ -37,7 +37,15 @@ class AxialSplit:
         r = residues
         lengths = {"s": sequences, "r": r, "i": r, "j": r}
         plan = self.plan
-        return Way(self.mesh, plan.axis, lengths, plan.product, plan.passing, plan.pieces)
+        return Way(
+            self.mesh,
+            plan.axis,
+            lengths,
+            product=plan.product,
+            passing=plan.passing,
+            pieces=plan.pieces,
+            chunks=plan.chunks,
+        )
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hairpin.planning.axial.way import Passing, Product, Way
 from hairpin.units import format_bytes, format_time
 
 _AXIS = "axis"
+_CHUNKS = (1, 4, 16)  # that are tried, where nothing fits in fewer
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Manner:
     product: Product = "gather"
     passing: Passing = "gather"
     pieces: int = 1
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,25 @@ def candidates(
     lengths: Lengths,
     speeds: Speeds,
     memory_bytes: int | None = None,
+    *,
+    more_chunks: bool = False,
 ) -> tuple[Candidate, ...]:
-    """What each manner takes: those that fit first, then by time."""
+    """What each manner takes: those that fit first, then by time.
+
+    Args:
+        more_chunks: where none fits, try them in ever more chunks.
+    """
     meta = copy.deepcopy(block).to("meta")
     meta.requires_grad_(lengths.backward)
-    found = []
-    for manner in manners:
-        run = rehearse_block(meta, manner, lengths)
-        fits = memory_bytes is None or run.peak_bytes <= memory_bytes
-        found.append(Candidate(manner, run, predict(run, speeds), fits))
+    found: list[Candidate] = []
+    for chunks in _CHUNKS if more_chunks else _CHUNKS[:1]:
+        for manner in manners:
+            chunked = manner if chunks == 1 else replace(manner, chunks=chunks)
+            run = rehearse_block(meta, chunked, lengths)
+            fits = memory_bytes is None or run.peak_bytes <= memory_bytes
+            found.append(Candidate(chunked, run, predict(run, speeds), fits))
+        if any(c.fits for c in found):
+            break
     return tuple(sorted(found, key=lambda c: (not c.fits, c.laid_out.time_s)))
 
 
@@ -103,6 +115,7 @@ def rehearse_block(block: Any, manner: Manner, lengths: Lengths) -> Rehearsed:
         product=manner.product,
         passing=manner.passing,
         pieces=manner.pieces,
+        chunks=manner.chunks,
     )
     c_m = block.msa_transition.norm.weight.shape[0]
     c_z = block.pair_stack.pair_transition.norm.weight.shape[0]
@@ -110,6 +123,8 @@ def rehearse_block(block: Any, manner: Manner, lengths: Lengths) -> Rehearsed:
     rows, columns = (mine["s"], r) if arrives_along(block) == "s" else (s, mine["r"])
     shapes: list[tuple[int, ...]] = [(rows, columns, c_m), (r, mine["r"], c_z), (s, r), (r, r)]
     args = [torch.empty(shape, dtype=lengths.dtype, device="meta") for shape in shapes]
+    for x in args[:2]:
+        x.requires_grad_(lengths.backward)
     return rehearse(_Block(block, way), args, mesh, backward=lengths.backward)
 
 
@@ -146,12 +161,13 @@ def block_of(model: nn.Module, stacks: Sequence[Any]) -> nn.Module:
 
 def table(found: Sequence[Candidate]) -> str:
     """The candidates for people, a line each: one block on one rank."""
-    head = ("product", "passing", "pieces", "time", "waits", "sent", "held", "")
+    head = ("product", "passing", "pieces", "chunks", "time", "waits", "sent", "held", "")
     rows = [
         (
             c.manner.product,
             c.manner.passing,
             str(c.manner.pieces),
+            str(c.manner.chunks),
             format_time(c.laid_out.time_s),
             format_time(sum(c.laid_out.exposed_s)),
             format_bytes(c.run.sent_bytes),

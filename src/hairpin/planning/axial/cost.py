@@ -7,9 +7,11 @@ point that needs them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hairpin.comm.rehearsal import RehearsalMesh, Sent
 from hairpin.comm.rehearsal import Work as Done
@@ -109,7 +111,7 @@ def rehearse(
     """Run a module whose forward is split over a rehearsal's mesh, and read off what it takes.
 
     Args:
-        args: the played rank's parts; of the meta device, say.
+        args: the played rank's parts, of the meta device, say; those that want gradients say so.
         backward: run a backward as well.
         device: whose kernels' scratch memory is counted; a CPU if left out.
     """
@@ -117,8 +119,24 @@ def rehearse(
     mesh.work = lambda: Done(meter.flops, meter.touched_bytes)
     first = len(mesh.sent)
     device = torch.device("cpu") if device is None else device
-    timeline = measure(module, args, device=device, grad=backward, meter=meter)
+    run = _ForwardAndBackward(module) if backward else module
+    timeline = measure(run, args, device=device, meter=meter)
     return Rehearsed(tuple(mesh.sent[first:]), timeline.peak_bytes, mesh.work())
+
+
+class _ForwardAndBackward(nn.Module):
+    """Both in one call: parts that are computed again in the backward need the parameters, too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor) -> Any:
+        with torch.enable_grad():
+            outputs = self.module(*(x.detach().requires_grad_(x.requires_grad) for x in args))
+            total = sum(x.sum() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+            total.backward()  # type: ignore[union-attr]
+        return outputs
 
 
 def predict(run: Rehearsed, speeds: Speeds) -> Predicted:

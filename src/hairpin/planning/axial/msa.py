@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hairpin.planning.axial.attention import Bias, attend, crossing
 from hairpin.planning.axial.pair import pair_stack
-from hairpin.planning.axial.pieces import turned_rows
+from hairpin.planning.axial.pieces import by_rows, turned_rows
 from hairpin.planning.axial.way import Way
 
 Module = Any  # one of the model's, which this floor does not import
+Operand = tuple[Tensor, Tensor]  # ``[s, r, c]`` and its mask ``[s, r]``
 
 
 def arrives_along(block: Module) -> str:
@@ -105,9 +106,15 @@ def _rows(block: Module, m: Tensor, bias: Bias, mask: Tensor, way: Way) -> Tenso
 
 def _columns(block: Module, m: Tensor, mask: Tensor, way: Way) -> Tensor:
     """Suppl. Algs 8 or 19, and 9, ``m`` held along r."""
-    name = "msa_column_global_attention" if block.extra else "msa_column_attention"
-    m = m + getattr(block, name)(m, mask[:, way.mine("r")])
-    return m + block.msa_transition(m)  # type: ignore[no-any-return]
+    column = block.msa_column_global_attention if block.extra else block.msa_column_attention
+    own, m = mask[:, way.mine("r")], m.transpose(0, 1)
+
+    def rows(some: slice) -> Tensor:
+        part = m[some].transpose(0, 1)
+        part = part + column(part, own[:, some])
+        return (part + block.msa_transition(part)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    return by_rows(rows, len(m), way).transpose(0, 1)
 
 
 def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held: str) -> Tensor:
@@ -115,19 +122,32 @@ def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held:
 
     The operand of the other dim is gathered, or its parts pass by.
     """
-    m = module.norm(m)
     mine = mask[:, way.mine("r")]
     sides = [module.left, module.right]
     near, far = sides if held == "i" else sides[::-1]
-    crosses, _ = far(m, mine)
+    crosses, _ = far(module.norm(m), mine)
     if way.passing == "gather" or way.degree == 1:
         coming = way.whole(crosses, "s r c", "r")
-        own = near(m, mine)
-        pair = [own, (coming.wait(), mask)]
-        return module.update(*(pair if held == "i" else pair[::-1]))  # type: ignore[no-any-return]
-    own = near(m, mine)
+        own, _ = near(module.norm(m), mine)
+        other = (coming.wait(), mask)
+        return _update(module, (own, mine), other, way, held)
+    own, _ = near(module.norm(m), mine)
     found = {}
     for rows, part in way.passing_by(crosses, "s r c", "r"):
-        pair = [own, (part, mask[:, rows])]
-        found[rows.start, rows.stop] = module.update(*(pair if held == "i" else pair[::-1]))
+        update = _update(module, (own, mine), (part, mask[:, rows]), way, held)
+        found[rows.start, rows.stop] = update
     return torch.cat([found[rows] for rows in sorted(found)], 1 if held == "i" else 0)
+
+
+def _update(module: Module, own: Operand, other: Operand, way: Way, held: str) -> Tensor:
+    """Lines 3 and 4 of Suppl. Alg. 10, own residues first or, held along j, second."""
+    a, mask = own
+
+    def rows(some: slice) -> Tensor:
+        mine = a[:, some], mask[:, some]
+        if held == "i":
+            return module.update(mine, other)  # type: ignore[no-any-return]
+        return module.update(other, mine).transpose(0, 1)  # type: ignore[no-any-return]
+
+    update = by_rows(rows, a.shape[1], way)
+    return update if held == "i" else update.transpose(0, 1)

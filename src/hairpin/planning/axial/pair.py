@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hairpin import kernels
 from hairpin.comm.pending import Pending
 from hairpin.planning.axial.attention import attend, crossing
-from hairpin.planning.axial.pieces import turned_rows
+from hairpin.planning.axial.pieces import by_rows, turned_rows
 from hairpin.planning.axial.products import ring_incoming, ring_outgoing
 from hairpin.planning.axial.way import Way
 
@@ -36,9 +36,14 @@ def pair_stack(stack: Module, z: Tensor, mask: Tensor, way: Way, held: str) -> t
     if stack.attention_first:
         z = _attend(stack, _held(z, held, "i", way), mask, way)
         z = _multiply(stack, _held(z, "j", "i", way), mask, way)
-        return z + stack.pair_transition(z), "i"
+        return _transition(stack, z, way), "i"
     z = _attend(stack, _multiply(stack, _held(z, held, "i", way), mask, way), mask, way)
-    return z + stack.pair_transition(z), "j"
+    return _transition(stack, z.transpose(0, 1), way).transpose(0, 1), "j"
+
+
+def _transition(stack: Module, z: Tensor, way: Way) -> Tensor:
+    """Suppl. Alg. 15, and its residual: the dim that is held comes first."""
+    return by_rows(lambda rows: z[rows] + stack.pair_transition(z[rows]), len(z), way)
 
 
 def _held(z: Tensor, src: str, dst: str, way: Way) -> Tensor:
@@ -72,17 +77,29 @@ def _ending(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
     """Suppl. Alg. 14 of transposed pairs ``z[j, i, c]`` and their mask, held along j."""
     z = module.query_norm(z)
     bias = crossing(module.pair_bias(z), "q", way)
-    return attend(module.attention, z, mask, bias, way)
+    if way.passing == "ring":
+        return attend(module.attention, z, mask, bias, way)
+    return by_rows(
+        lambda rows: attend(module.attention, z[rows], mask[rows], bias, way), len(z), way
+    )
 
 
 def _triangle_product(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tensor:
     """Suppl. Alg. 11 or 12: ``z[i, j, c]`` and ``mask[i, j]`` held along i."""
-    z = module.norm(z)
-    a, b = module.operands(z, mask)
+    a, b = by_rows(
+        lambda rows: torch.stack(module.operands(module.norm(z[rows]), mask[rows]), 1), len(z), way
+    ).unbind(1)
     product = _PRODUCTS[way.product](module.product, a, b, way)
-    gate = module.gating_linear(z)
-    update: Tensor = module.output_projection(module.center_norm(product.wait()))
-    return kernels.gated_residual(update, gate=gate)
+    del a, b
+    x = product.wait()
+
+    def update(rows: slice) -> Tensor:
+        gate = module.gating_linear(module.norm(z[rows]))
+        return kernels.gated_residual(
+            module.output_projection(module.center_norm(x[rows])), gate=gate
+        )
+
+    return by_rows(update, len(z), way)
 
 
 # ------------------------------------------------------------------------- how products cross

@@ -1,19 +1,40 @@
-"""Work and its transfer in pieces, so that one piece is under way while the next is computed."""
+"""Rows a few at a time: what they need meanwhile is small, and what they send goes behind the next.
+
+In a split block every stage treats the rows that a rank holds alike and apart from each other. So
+the dim that is split over ranks can be split once more, in time.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hairpin.layout import shard_offset, shard_size, shard_sizes
 from hairpin.planning.axial.way import Way
 
+Rows = Callable[[slice], Tensor]
 
-def turned_rows(
-    rows: Callable[[slice], Tensor], pattern: str, src: str, dst: str, way: Way
-) -> Tensor:
+
+def by_rows(rows: Rows, length: int, way: Way) -> Tensor:
+    """Compute a tensor in ``way.chunks`` parts of its first dim, one after another.
+
+    Where gradients are wanted, each part is computed again in the backward, so that nothing of it
+    is kept meanwhile.
+
+    Args:
+        rows: gives some rows; it may not talk to other ranks.
+        length: of the first dim.
+    """
+    if way.chunks == 1:
+        return rows(slice(0, length))
+    return torch.cat([_forgotten(rows, part) for part in _parts(length, way.chunks)])
+
+
+def turned_rows(rows: Rows, pattern: str, src: str, dst: str, way: Way) -> Tensor:
     """Compute a tensor some rows at a time, and turn its split, each piece as soon as it is there.
 
     Args:
@@ -27,8 +48,8 @@ def turned_rows(
     """
     mine = way.mine(src)
     own = mine.stop - mine.start
-    pieces = 1 if way.passing == "ring" else way.pieces  # a bias would pass by once for each
-    if pieces == 1 or way.degree == 1:
+    pieces = 1 if way.passing == "ring" else max(way.pieces, way.chunks)
+    if pieces == 1 or way.degree == 1:  # a ring would pass by once for each piece
         return way.turn(rows(slice(0, own)), pattern, src, dst).wait()
     sizes = [
         [shard_size(length, pieces, piece) for length in shard_sizes(way.lengths[src], way.degree)]
@@ -36,14 +57,26 @@ def turned_rows(
     ]  # a piece is dealt to the ranks as evenly as the whole, the larger parts first
     coming = []
     with same_draws() as again:
-        for piece, lengths in enumerate(sizes):
+        for part, lengths in zip(_parts(own, pieces), sizes, strict=True):
             again()
-            start = shard_offset(own, pieces, piece)
-            x = rows(slice(start, start + shard_size(own, pieces, piece)))
-            part = replace(way, lengths={**way.lengths, src: sum(lengths)})
-            coming.append(part.turn(x, pattern, src, dst))
+            x = rows(part) if way.chunks == 1 else _forgotten(rows, part)
+            piece = replace(way, lengths={**way.lengths, src: sum(lengths)})
+            coming.append(piece.turn(x, pattern, src, dst))
     parts = [pending.wait().split(lengths) for pending, lengths in zip(coming, sizes, strict=True)]
     return torch.cat([part[rank] for rank in range(way.degree) for part in parts])
+
+
+def _parts(length: int, count: int) -> list[slice]:
+    starts = [shard_offset(length, count, part) for part in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(starts)]
+
+
+def _forgotten(rows: Rows, part: slice) -> Tensor:
+    """Some rows; computed again in a backward."""
+    if not torch.is_grad_enabled():
+        return rows(part)
+    result: Tensor = checkpoint(rows, part, use_reentrant=False)
+    return result
 
 
 @contextmanager

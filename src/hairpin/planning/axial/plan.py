@@ -43,6 +43,8 @@ class AxialPlan:
         passing: how pair biases and the outer product's operand do: ``"gather"`` or ``"ring"``.
         pieces: row attention, and a product by channels, are computed in so many pieces, each sent
             while the next is computed.
+        chunks: what the rows of a rank need not meet for is computed in so many parts, one after
+            another, and in training once more in the backward: less memory.
         candidates: what each way would take for a block, the fastest first; none if one was asked
             for.
     """
@@ -52,13 +54,14 @@ class AxialPlan:
     product: Product = "gather"
     passing: Passing = "gather"
     pieces: int = 1
+    chunks: int = 1
     candidates: tuple[Candidate, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, kinds in (("product", get_args(Product)), ("passing", get_args(Passing))):
             if getattr(self, name) not in kinds:
                 raise PlanError(f"{name}={getattr(self, name)!r}: write one of {', '.join(kinds)}")
-        for name in ("degree", "pieces"):
+        for name in ("degree", "pieces", "chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name}={getattr(self, name)}; there is at least one")
 
@@ -66,7 +69,8 @@ class AxialPlan:
         """The plan for people: of a chosen one, what each way takes and what hides behind what."""
         head = (
             f"dynamic axial parallelism over {self.degree} ranks of axis '{self.axis}': triangle "
-            f"products by {self.product}, biases by {self.passing}, {self.pieces} pieces"
+            f"products by {self.product}, biases by {self.passing}, in {self.pieces} pieces and "
+            f"{self.chunks} chunks"
         )
         if not self.candidates:
             return head
@@ -75,7 +79,7 @@ class AxialPlan:
         return "\n\n".join([*parts, "its exchanges:", transfers(chosen)])
 
     def _is(self, candidate: Candidate) -> bool:
-        return candidate.manner == Manner(self.product, self.passing, self.pieces)
+        return candidate.manner == Manner(self.product, self.passing, self.pieces, self.chunks)
 
 
 def plan_axial(
@@ -86,6 +90,7 @@ def plan_axial(
     product: Product | None = None,
     passing: Passing | None = None,
     pieces: int | None = None,
+    chunks: int | None = None,
     sequences: int | None = None,
     residues: int | None = None,
     topology: Topology | None = None,
@@ -96,7 +101,7 @@ def plan_axial(
     """Plan the split of a folding model over the ranks of a mesh axis.
 
     With a model, every way is rehearsed on shapes and the fastest that fits is chosen. Without one,
-    ``product`` and ``passing`` say how; both gather if left out.
+    ``product``, ``passing``, ``pieces`` and ``chunks`` say how; gathered and at once if left out.
 
     Args:
         mesh: live, or a description.
@@ -104,7 +109,8 @@ def plan_axial(
         axis: of the mesh.
         product: how triangle products cross the ranks, see :class:`AxialPlan`.
         passing: how pair biases do.
-        pieces: in how many pieces work is done that a large transfer follows; 1 if left out.
+        pieces: in how many pieces work is done that a large transfer follows.
+        chunks: in how many parts rows are computed that need not meet.
         sequences: of the MSA; residues: of the protein. Both are needed with a model.
         topology: the ranks' links and speeds, from ``hp.Topology.measure`` or by hand; links of
             50 GB/s and the topology's default speeds if left out.
@@ -124,6 +130,7 @@ def plan_axial(
         product=product or "gather",
         passing=passing or "gather",
         pieces=1 if pieces is None else pieces,
+        chunks=1 if chunks is None else chunks,
     )
     if model is None:
         if (sequences, residues, topology, memory) != (None,) * 4:
@@ -145,6 +152,7 @@ def plan_axial(
             get_args(Product) if product is None else (product,),
             get_args(Passing) if passing is None else (passing,),
             _PIECES if pieces is None else (pieces,),
+            (1,) if chunks is None else (chunks,),
         )
     ]
     found = candidates(
@@ -153,6 +161,7 @@ def plan_axial(
         Lengths(degree, sequences, residues, dtype, backward),
         Speeds.of(topology),
         None if memory is None else parse_bytes(memory),
+        more_chunks=chunks is None,
     )
     best = fastest(found, memory).manner
     return replace(
@@ -160,5 +169,6 @@ def plan_axial(
         product=best.product,
         passing=best.passing,
         pieces=best.pieces,
+        chunks=best.chunks,
         candidates=found,
     )

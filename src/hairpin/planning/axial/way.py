@@ -28,6 +28,7 @@ class Way:
         product: how triangle products cross the ranks.
         passing: how pair biases and the right operand of the outer product do.
         pieces: in how many pieces work is done that a large transfer follows.
+        chunks: in how many parts, one after another, rows are computed that need not meet.
     """
 
     mesh: Mesh
@@ -36,6 +37,7 @@ class Way:
     product: Product = "gather"
     passing: Passing = "gather"
     pieces: int = 1
+    chunks: int = 1
 
     @property
     def degree(self) -> int:
