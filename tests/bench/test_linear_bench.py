@@ -148,7 +148,7 @@ def rows_of(method: str, settings: longest.Longest, monkeypatch) -> list[dict]:
     found = longest.find_longest(settings, say=lambda _: None)["rows"]
     assert [row["ranks"] for row in found] == list(settings.ranks)
     for row in found:
-        assert 0.8 * settings.budget_bytes < row["peak_bytes"] <= settings.budget_bytes
+        assert 0.7 * settings.budget_bytes < row["peak_bytes"] <= settings.budget_bytes
     return found
 
 
@@ -159,16 +159,22 @@ def test_the_longest_sequence_of_linear_attention_grows_with_the_ranks(monkeypat
 
 
 def test_the_longest_sequence_of_a_ring_grows_where_keys_are_few(monkeypatch):
-    """What is under way in a ring, and one rank does not hold, is some blocks of keys."""
+    """What one rank does not hold is a kernel's gradient of q before it is added up: 1 of 5."""
     settings = longest.Longest(budget_bytes=6 << 20, ranks=(1, 2, 4), groups=1, head_dim=32)
     for row in rows_of("ring attention", settings, monkeypatch):
+        assert row["linear"] >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(1, 2, 4), (1, 8)])
+def test_the_longest_sequence_of_a_ring_grows_with_as_many_key_heads(ranks, monkeypatch):
+    """In the turns that the planner chooses for the budget."""
+    settings = longest.Longest(budget_bytes=4 << 20, ranks=ranks, heads=4, groups=4, head_dim=32)
+    alone, *rows = rows_of("ring attention", settings, monkeypatch)
+    assert alone["turns"] == 1
+    for row in rows:
         assert row["linear"] >= 0.9
-
-
-def test_the_longest_sequence_of_a_ring_grows_with_the_ranks_of_a_ring(monkeypatch):
-    """With as many key heads as heads: more ranks put no more blocks under way on each."""
-    settings = longest.Longest(budget_bytes=2 << 20, ranks=(4, 8), heads=4, groups=4, head_dim=16)
-    assert rows_of("ring attention", settings, monkeypatch)[1]["linear"] >= 0.9
+        assert row["turns"] > 1
 
 
 @pytest.mark.parametrize("most", [0, 8, 16, 40, 1000])

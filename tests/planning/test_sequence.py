@@ -14,7 +14,7 @@ import hairpin as hp
 from hairpin.bench.absent import placeholders
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.comm.topology import Tier
-from hairpin.errors import SequenceError
+from hairpin.errors import MemoryBudgetError, SequenceError
 from hairpin.run.launch import launch
 
 WIDE = torch.float64
@@ -80,7 +80,9 @@ def test_batches_that_cannot_be_cut(batch, words):
         ({"mask": hp.Mask(documents=(1, 2))}, "have 3 positions together"),
         ({"axis": "tp"}, "no axis 'tp'"),
         ({"method": "auto"}, "give shape="),
-        ({"memory": "1GiB"}, "give method='auto'"),
+        ({"memory": "1GiB"}, "give method='auto'|or method='auto'"),
+        ({"turns": 0}, "turns=0 of schedule 'ring'"),
+        ({"turns": 2, "method": "auto"}, "leave turns out"),
         ({"length": None}, "needs length="),
     ],
 )
@@ -126,7 +128,7 @@ def test_no_method_is_chosen_that_holds_more_than_is_allowed():
     free = hp.plan_sequence(Mesh(sp=4), method="auto", shape=shape, topology=topology)
     most = max(c.peak_bytes for c in free.candidates)
     tight = hp.plan_sequence(
-        Mesh(sp=4), method="auto", shape=shape, topology=topology, memory=most - 1
+        Mesh(sp=4), method="auto", shape=shape, topology=topology, memory=most // 2
     )
     assert tight.candidates[-1].excluded
     assert tight.candidates[0].peak_bytes < most
@@ -746,3 +748,17 @@ def test_a_batch_that_was_not_cut_is_refused():
     hp.parallelize(model, a_plan(15))
     with pytest.raises(SequenceError, match="holds 15 of 15 positions"):
         model(input_ids=tokens_of(9)["input_ids"])
+
+
+def test_turns_are_the_fewest_that_fit_the_memory():
+    shape = hp.AttentionShape(length=4096, heads=4, head_dim=64, mask=hp.Mask(causal=True))
+    mesh = Mesh(sp=4)
+    ask = {"shape": shape, "method": "ring"}
+    free = hp.plan_sequence(mesh, memory="1GiB", **ask)
+    assert (free.split.turns, free.length, free.mask) == (1, 4096, shape.mask)
+    tight = hp.plan_sequence(mesh, memory="12MiB", **ask)
+    assert tight.split.turns > 1
+    assert f"keys cross by ring in {tight.split.turns} turns" in tight.explain()
+    assert hp.plan_sequence(mesh, length=8, turns=3).split.turns == 3
+    with pytest.raises(MemoryBudgetError, match="in however many turns: one turn needs"):
+        hp.plan_sequence(mesh, memory="1MiB", **ask)

@@ -26,10 +26,10 @@ from hairpin.comm.mesh import Mesh
 from hairpin.comm.topology import Topology, Work
 from hairpin.comm.transport import Link, Wait
 from hairpin.exchange.api import attention
+from hairpin.exchange.call import Level
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.places import Places
-from hairpin.exchange.softmax import Level
 from hairpin.exchange.split import Schedule, SequenceSplit
 from hairpin.planning.sequence import split_of
 from hairpin.planning.sequence_cost import Candidate, candidates

@@ -2,7 +2,11 @@
 
 One attention layer, forward and backward: its inputs, output and gradients, and all that it holds
 meanwhile. Bytes are counted exactly (:func:`hairpin.run.profile.peak_cpu_bytes`), on every rank;
-the rank that holds most decides.
+the rank that holds most decides. Tensors lie in memory as a model's projections leave them, heads
+beside their channels: so one rank needs no copy and is as lean as can be.
+
+The ring takes the turns that ``plan_sequence(method="ring", shape=..., memory=budget)`` chooses. A
+length that this refuses does not fit, and what it takes has to fit as counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +22,18 @@ from hairpin.bench.measure import join
 from hairpin.bench.network import Loopback
 from hairpin.bench.steps import peak_bytes
 from hairpin.comm.mesh import Mesh
+from hairpin.errors import MemoryBudgetError
 from hairpin.exchange.api import attention
 from hairpin.exchange.linear import linear_attention
 from hairpin.exchange.mask import Mask
-from hairpin.exchange.order import Order
-from hairpin.exchange.split import SequenceSplit
+from hairpin.planning.sequence import plan_sequence
+from hairpin.planning.sequence_work import AttentionShape
 from hairpin.run.launch import launch
 from hairpin.units import format_bytes
 
 AXIS = "sp"
+RING = "ring attention"
+CAUSAL = Mask(causal=True)
 _STEP = 8  # the length is found to within so many positions per rank
 
 
@@ -55,8 +62,8 @@ def find_longest(settings: Longest, *, say: Callable[[str], None]) -> dict[str, 
 
     Returns:
         ``budget_bytes`` and ``rows``: ``method``, ``ranks``, ``length``, ``peak_bytes`` (of the
-        rank that holds most), ``growth`` (length over that on the first number of ranks) and
-        ``linear`` (growth over that of the ranks).
+        rank that holds most), ``turns`` that keys cross in, ``growth`` (length
+        over that on the first number of ranks) and ``linear`` (growth over that of the ranks).
     """
     rows: list[dict[str, Any]] = []
     for method in METHODS:
@@ -65,6 +72,7 @@ def find_longest(settings: Longest, *, say: Callable[[str], None]) -> dict[str, 
             say(f"longest {method} in {format_bytes(settings.budget_bytes)}: {size} ranks")
             found = launch(_search, size, method, settings)[0]
             row = {"method": method, "ranks": size, **found}
+            say(f"{row['length']} positions, {row['turns']} turns")
             first = first or row
             growth = row["length"] / first["length"] if first["length"] else 0.0
             ideal = size / first["ranks"]
@@ -76,14 +84,19 @@ def _search(method: str, settings: Longest) -> dict[str, int]:
     """On a rank: double, then bisect, all ranks alike."""
     mesh = join(Loopback())
     held: dict[int, int] = {}
-    _peak_bytes(method, _STEP * mesh.size(AXIS), mesh, settings)  # what torch allocates once
 
     def fits(rows: int) -> bool:
-        held[rows] = _peak_bytes(method, rows * mesh.size(AXIS), mesh, settings)
+        try:
+            held[rows] = _peak_bytes(method, rows * mesh.size(AXIS), mesh, settings)
+        except MemoryBudgetError:  # on all ranks alike, before anything is sent
+            return False
         return held[rows] <= settings.budget_bytes
 
+    fits(_STEP)  # what torch allocates once
     most = _bisect(fits)
-    return {"length": most * mesh.size(AXIS), "peak_bytes": held.get(most, 0)}
+    length = most * mesh.size(AXIS)
+    turns = _turns(length, mesh, settings) if method == RING and most else 1
+    return {"length": length, "peak_bytes": held.get(most, 0), "turns": turns}
 
 
 def _bisect(fits: Callable[[int], bool]) -> int:
@@ -110,18 +123,37 @@ def _peak_bytes(method: str, length: int, mesh: Mesh, settings: Longest) -> int:
 def _step(make: "Make", length: int, mesh: Mesh, settings: Longest) -> None:
     attend, rows, groups = make(length, mesh, settings)
     heads, d = settings.heads, settings.head_dim
-    q, k, v = (torch.randn(1, h, rows, d).requires_grad_() for h in (heads, groups, groups))
+    q, k, v = (_projected(h, rows, d).requires_grad_() for h in (heads, groups, groups))
     out = attend(q, k, v)
-    out.backward(torch.randn(1, heads, rows, d))
+    out.backward(_projected(heads, rows, d))
+
+
+def _projected(heads: int, rows: int, head_dim: int) -> Tensor:
+    """``[1, h, s, d]`` as a projection ``[1, s, h * d]`` leaves it in memory."""
+    return torch.randn(1, rows, heads, head_dim).transpose(1, 2)
 
 
 def _ring(length: int, mesh: Mesh, settings: Longest) -> tuple[Attend, int, int]:
-    split = SequenceSplit(mesh, AXIS, Order("zigzag", length))
+    turns = _turns(length, mesh, settings)
+    split = plan_sequence(mesh, length=length, mask=CAUSAL, axis=AXIS, turns=turns).split
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, split, mask=Mask(causal=True))
+        return attention(q, k, v, split, mask=CAUSAL)
 
     return attend, len(split.positions), settings.groups
+
+
+def _turns(length: int, mesh: Mesh, settings: Longest) -> int:
+    """Turns that the planner chooses for the budget."""
+    shape = AttentionShape(
+        length=length,
+        heads=settings.heads,
+        groups=settings.groups,
+        head_dim=settings.head_dim,
+        mask=CAUSAL,
+    )
+    plan = plan_sequence(mesh, axis=AXIS, shape=shape, memory=settings.budget_bytes)
+    return plan.split.turns
 
 
 def _lasp(length: int, mesh: Mesh, settings: Longest) -> tuple[Attend, int, int]:
@@ -135,4 +167,4 @@ def _chained(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, mesh: Mesh) 
 
 
 Make = Callable[[int, Mesh, Longest], tuple[Attend, int, int]]
-METHODS: Mapping[str, Make] = {"ring attention": _ring, "linear attention, chain": _lasp}
+METHODS: Mapping[str, Make] = {RING: _ring, "linear attention, chain": _lasp}

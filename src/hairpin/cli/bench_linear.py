@@ -141,13 +141,14 @@ def _longest_table(result: dict[str, Any]) -> Any:
     longest = result["longest"]
     budget = format_bytes(longest["budget_bytes"])
     table = Table(box=None, title=f"longest sequence, {budget} on each rank")
-    for heading in ("", "ranks", "length", "held", "growth", "of linear"):
+    for heading in ("", "ranks", "length", "turns", "held", "growth", "of linear"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for row in longest["rows"]:
         table.add_row(
             row["method"],
             str(row["ranks"]),
             str(row["length"]),
+            str(row["turns"]),
             format_bytes(row["peak_bytes"]),
             f"{row['growth']:.2f} x",
             f"{row['linear']:.2f}",

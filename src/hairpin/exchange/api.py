@@ -7,11 +7,12 @@ from torch import Tensor
 
 from hairpin.comm.eager import eager
 from hairpin.errors import SequenceError
+from hairpin.exchange.call import Call, Operands
 from hairpin.exchange.heads import HeadSplit, from_heads, to_heads
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.rsa import ring_self_attention
-from hairpin.exchange.softmax import Call, Operands, attend_across
+from hairpin.exchange.softmax import attend_across
 from hairpin.exchange.split import SequenceSplit, require_sequence
 from hairpin.exchange.whole import whole_columns, whole_rows
 
@@ -107,6 +108,8 @@ def _first_call(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask) -> 
         scale=1.0,
         heads=(),
         sizes=(0, 0, 0),
+        turns=split.turns,
+        runs=2 if keys_split.order.kind == "zigzag" else 1,
     )
 
 

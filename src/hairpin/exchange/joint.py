@@ -19,11 +19,12 @@ from hairpin.comm.eager import eager
 from hairpin.errors import SequenceError
 from hairpin.exchange.api import call_of
 from hairpin.exchange.block import attend, attend_backward
+from hairpin.exchange.call import Call, Operands
 from hairpin.exchange.heads import HeadSplit, all_heads, from_heads, to_heads
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.places import Places
 from hairpin.exchange.port import Block, Qkv, State
-from hairpin.exchange.softmax import Call, Operands, attend_blocks, gradients, merge
+from hairpin.exchange.softmax import attend_blocks, gradients, merge
 from hairpin.exchange.split import SequenceSplit, require_sequence
 
 
@@ -119,7 +120,8 @@ class _Joint(torch.autograd.Function):
         state, whole_state = (out, lse), (whole_out, whole_lse)
         of_q, of_k, of_v, _ = gradients(Operands(q, k, v), call, grad, state)
         wholes = (whole_q, whole_k, whole_v)
-        totals = [of_q, of_k, of_v, *(torch.zeros_like(x, dtype=out.dtype) for x in wholes)]
+        totals = [x.to(out.dtype) for x in (of_q, of_k, of_v)]
+        totals += [torch.zeros_like(x, dtype=out.dtype) for x in wholes]
         if whole_q.shape[2]:
             everyone = _summed(whole_grad.to(out.dtype), call)
             parts = (

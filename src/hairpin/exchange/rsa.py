@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from hairpin.errors import SequenceError
 from hairpin.exchange.block import hidden
+from hairpin.exchange.call import Call, Operands
 from hairpin.exchange.places import Places
 from hairpin.exchange.port import wide
-from hairpin.exchange.softmax import Call, Operands
 
 
 def ring_self_attention(operands: Operands, call: Call) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.transport import Link
 from hairpin.errors import SequenceError
+from hairpin.exchange.call import Call, Level
 from hairpin.exchange.order import Order
 from hairpin.exchange.places import Places
-from hairpin.exchange.softmax import Call, Level
 
 Schedule = Literal["ring", "double_ring", "all_gather", "hierarchical", "rsa"]
 
@@ -34,6 +34,10 @@ class SequenceSplit:
         heads_inside: whether the heads places are neighbours along the axis (u of them, then the
             next u), or the ring places are.
         inner: size of the inner rings or gathers.
+        turns: rounds in which keys and values cross the ring places: some of their heads at a
+            time, or some of one head's keys where that makes more turns than heads. What passes
+            by takes so much less room; as many bytes are sent, in more messages. At least so many
+            are taken; one where nothing crosses.
 
     Raises:
         SequenceError: degrees that do not divide, or an unknown schedule.
@@ -47,6 +51,7 @@ class SequenceSplit:
     schedule: Schedule = "ring"
     heads_inside: bool = True
     inner: int = 1
+    turns: int = 1
 
     def __post_init__(self) -> None:
         ranks = self.mesh.size(self.axis)
@@ -66,6 +71,11 @@ class SequenceSplit:
             )
         if self.schedule == "rsa" and self.heads > 1:
             raise SequenceError("schedule 'rsa' keeps all heads on every rank; give heads=1")
+        if self.turns < 1 or (self.schedule == "rsa" and self.turns > 1):
+            raise SequenceError(
+                f"turns={self.turns} of schedule {self.schedule!r}: give 1 or more, and 1 for "
+                "'rsa', which holds whole rows of scores"
+            )
 
     @property
     def ring(self) -> int:

@@ -20,7 +20,8 @@ from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Kind, Order
 from hairpin.exchange.split import Schedule, SequenceSplit
 from hairpin.exchange.stream import put_together, take
-from hairpin.planning.sequence_cost import Candidate, candidates, explain
+from hairpin.planning.sequence_cost import Candidate, candidates, explain, fewest_turns
+from hairpin.planning.sequence_memory import Way, held_bytes
 from hairpin.planning.sequence_work import AttentionShape
 from hairpin.units import format_bytes, parse_bytes
 
@@ -152,7 +153,7 @@ class SequencePlan:
                 f", {'heads' if split.heads_inside else 'ring'} places adjacent" * (split.heads > 1)
             ),
             f"dealt {split.order.kind}: {min(held)} to {max(held)} positions a rank",
-            f"keys cross by {split.schedule}" if split.ring > 1 else "keys stay",
+            _crossing(split),
             f"mask: {self.mask}",
         ]
         lines += [f"{model}: {note}" for model, note in self._notes.items()]
@@ -204,6 +205,7 @@ def plan_sequence(
     shape: AttentionShape | None = None,
     topology: Topology | None = None,
     memory: int | str | None = None,
+    turns: int | None = None,
 ) -> SequencePlan:
     """Plan the split of one long sequence over the ranks of a mesh axis.
 
@@ -221,12 +223,16 @@ def plan_sequence(
         order: how positions are dealt; if left out, the one that balances the mask's work.
         inner: of double ring and hierarchical: the size of the inner groups.
         heads_inside: of USP: whether the ranks that share out heads are neighbours.
-        shape: of ``"auto"``: one attention layer; it brings length and mask.
+        shape: one attention layer, for ``"auto"`` and for ``memory``; it brings length and mask.
         topology: of ``"auto"``: the ranks' links, from ``hp.Topology.measure`` or by hand.
-        memory: of ``"auto"``: bytes, or text such as ``"2GiB"``, that a rank may hold for a layer.
+        memory: bytes, or text such as ``"2GiB"``, that a rank may hold for a layer, forward and
+            backward. A method that holds more takes turns.
+        turns: rounds in which keys and values cross the ranks, heads by heads: what passes by
+            takes so much less room, in so many more messages. If left out, the fewest that fit
+            ``memory``, or 1.
 
     Raises:
-        MemoryBudgetError: of ``"auto"``: no method holds as little as ``memory``.
+        MemoryBudgetError: the method, or with ``"auto"`` any, cannot hold as little as ``memory``.
         SequenceError: degrees that do not divide, or a method that does not exist.
         MeshError: no such axis.
     """
@@ -234,9 +240,16 @@ def plan_sequence(
     if method not in get_args(Method):
         raise SequenceError(f"method {method!r}: write one of {', '.join(get_args(Method))}")
     if method == "auto":
+        if turns is not None:
+            raise SequenceError(f"turns={turns}: method 'auto' chooses them; leave turns out")
         return _fastest(mesh, axis, shape=shape, topology=topology, memory=memory)
-    if shape is not None or topology is not None or memory is not None:
-        raise SequenceError("shape, topology and memory choose a method: give method='auto'")
+    if topology is not None or (shape is None) != (memory is None):
+        raise SequenceError(
+            "topology chooses a method: give method='auto'; memory chooses turns, for a shape: "
+            "give shape=hp.AttentionShape(...) and memory=..., or method='auto'"
+        )
+    if shape is not None:
+        length, mask = shape.length, shape.mask
     if length is None:
         raise SequenceError(f"method {method!r} needs length=..., the positions of the sequence")
     mask = Mask() if mask is None else mask
@@ -261,9 +274,32 @@ def plan_sequence(
         schedule=schedule,
         heads_inside=heads_inside,
         inner=inner,
+        turns=1 if turns is None else turns,
     )
     mask.require_length(length, length)
+    if turns is None and shape is not None and memory is not None:
+        split = replace(split, turns=_turns(split, shape, memory))
     return SequencePlan(split, mask)
+
+
+def _turns(split: SequenceSplit, shape: AttentionShape, memory: int | str) -> int:
+    """The fewest turns that a rank can hold."""
+    way = Way(
+        heads=split.heads,
+        places=split.ring,
+        schedule=split.schedule,
+        inner=split.inner,
+        order=split.order.kind,
+        turns=1,
+    )
+    turns = fewest_turns(shape, way, parse_bytes(memory))
+    if turns is None:
+        raise MemoryBudgetError(
+            f"this method does not hold one attention layer in {memory}, in however many turns: "
+            f"one turn needs {format_bytes(held_bytes(shape, way))} a rank; allow more memory, "
+            "or split over more ranks"
+        )
+    return turns
 
 
 def _fastest(
@@ -308,7 +344,15 @@ def split_of(candidate: Candidate, mesh: Mesh, axis: str, shape: AttentionShape)
         schedule=candidate.schedule,
         heads_inside=candidate.heads_inside,
         inner=candidate.inner,
+        turns=candidate.turns,
     )
+
+
+def _crossing(split: SequenceSplit) -> str:
+    """How keys cross the ranks, for people."""
+    if split.ring == 1:
+        return "keys stay"
+    return f"keys cross by {split.schedule}" + f" in {split.turns} turns" * (split.turns > 1)
 
 
 def _heads_degree(method: Method, ranks: int, asked: int | None) -> int:

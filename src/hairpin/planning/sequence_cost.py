@@ -20,17 +20,25 @@ from typing import get_args
 from hairpin.comm.topology import Message, Topology
 from hairpin.errors import PlanError
 from hairpin.exchange.mask import Mask
-from hairpin.exchange.order import Kind, Order
+from hairpin.exchange.order import Kind
 from hairpin.exchange.split import Schedule
-from hairpin.layout import shard_offset, shard_size, shard_sizes
+from hairpin.exchange.turns import ways
+from hairpin.layout import shard_sizes
+from hairpin.planning.sequence_memory import (
+    Way,
+    held_bytes,
+    keys_needed,
+    place_lengths,
+    wide_bytes,
+)
 from hairpin.planning.sequence_work import Array, AttentionShape, Counts, count_work
 from hairpin.units import format_bytes, format_time
 
-_STATE_BYTES = 4  # of an element of a float32 state, as wide as the inputs at least
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 10  # per score and channel
 _MERGE_COPIES = 4  # memory traffic of merging a state, in copies of the output
 _ADD_COPIES = 2  # of adding up gradients
 _PACK_COPIES = 2  # of packing and unpacking what is switched
+_MOST_TURNS = 32  # that are tried where memory is short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,7 @@ class Candidate:
         schedule: how keys and values cross the places.
         inner: places of the inner level of a schedule that has two.
         order: how positions are dealt to places.
+        turns: rounds in which keys and values cross the places.
         forward_s, backward_s: predicted.
         forward_bytes, backward_bytes: what the busiest rank sends.
         peak_bytes: what the busiest rank holds, inputs, output and gradients included.
@@ -58,12 +67,25 @@ class Candidate:
     schedule: Schedule
     inner: int
     order: Kind
+    turns: int = 1
     forward_s: float = 0.0
     backward_s: float = 0.0
     forward_bytes: int = 0
     backward_bytes: int = 0
     peak_bytes: int = 0
     excluded: str | None = None
+
+    @property
+    def way(self) -> Way:
+        """What decides about memory."""
+        return Way(
+            heads=self.heads,
+            places=self.places,
+            schedule=self.schedule,
+            inner=self.inner,
+            order=self.order,
+            turns=self.turns,
+        )
 
     @property
     def time_s(self) -> float:
@@ -86,7 +108,8 @@ def candidates(
 ) -> list[Candidate]:
     """Every way to run one attention layer over the ranks of ``topology``, the fastest first.
 
-    Those that cannot be come last, with the reason. Needs no ranks.
+    Those that cannot be come last, with the reason. What holds too much takes turns, as many as it
+    needs to fit. Needs no ranks.
 
     Args:
         memory_bytes: what a rank may hold for this layer; None: as much as it likes.
@@ -101,10 +124,37 @@ def candidates(
     kinds = _orders(shape.mask) if orders is None else tuple(orders)
     counts: dict[tuple[Kind, int], Counts] = {}
     priced = [
-        price(candidate, shape, topology, memory_bytes=memory_bytes, counts=counts)
+        price(
+            in_turns(candidate, shape, topology, memory_bytes),
+            shape,
+            topology,
+            memory_bytes=memory_bytes,
+            counts=counts,
+        )
         for candidate in _enumerate(shape, topology, schedules, kinds)
     ]
     return sorted(priced, key=lambda c: (c.excluded is not None, c.time_s, c.peak_bytes))
+
+
+def in_turns(
+    candidate: Candidate, shape: AttentionShape, topology: Topology, memory_bytes: int | None
+) -> Candidate:
+    """The same candidate in the fewest turns that fit into the memory; as it is if none do."""
+    if memory_bytes is None or candidate.heads > shape.heads:
+        return candidate
+    turns = fewest_turns(shape, candidate.way, memory_bytes)
+    taken = replace(candidate, turns=turns or 1)
+    return replace(taken, method=name_of(taken, topology))
+
+
+def fewest_turns(shape: AttentionShape, way: Way, memory_bytes: int) -> int | None:
+    """The fewest turns, a power of two, that hold no more; None if there are none."""
+    turns = 1
+    while held_bytes(shape, replace(way, turns=turns)) > memory_bytes:
+        turns *= 2
+        if turns > _MOST_TURNS or way.places == 1 or way.schedule == "rsa":
+            return None
+    return turns
 
 
 def price(
@@ -133,7 +183,7 @@ def price(
         reason = f"{shape.heads} heads for {candidate.heads} ranks leave some without work"
         return replace(candidate, excluded=reason)
     bill = _Bill(candidate, shape, topology, {} if counts is None else counts)
-    peak_bytes = bill.peak_bytes()
+    peak_bytes = held_bytes(shape, candidate.way)
     excluded = None
     if memory_bytes is not None and peak_bytes > memory_bytes:
         excluded = f"holds {format_bytes(peak_bytes)} of {format_bytes(memory_bytes)}"
@@ -172,6 +222,8 @@ def name_of(candidate: Candidate, topology: Topology) -> str:
     if r == 1:
         return "ulysses" if u > 1 else "alone"
     words = schedule.replace("_", " ")
+    if candidate.turns > 1:
+        words += f" in {candidate.turns} turns"
     if u == 1:
         return words
     inside = "heads" if candidate.heads_inside else words
@@ -280,10 +332,10 @@ class _Bill:
         self.key_heads = [
             len(keys_needed(shape.heads, shape.key_heads, self.u, j)) for j in range(self.u)
         ]
-        self.rows = _lengths(candidate.order, shape.length, shape.mask, self.r)
-        kind = candidate.order if shape.key_length == shape.length else "contiguous"
-        self.columns = _lengths(kind, shape.key_length, shape.mask, self.r)
-        self.wide_bytes = max(_STATE_BYTES, shape.element_bytes)
+        self.rows, self.columns = place_lengths(shape, candidate.order, self.r)
+        self.wide_bytes = wide_bytes(shape)
+        self.by_heads, self.by_keys = ways(candidate.turns, max(self.key_heads))
+        self.turns = self.by_heads * self.by_keys
 
     def rank_of(self, place: int, head: int) -> int:
         """The rank that is ``head`` of the u at ``place``."""
@@ -323,12 +375,13 @@ class _Bill:
                 [work_s.at(step) for step in range(r)],
                 keys["all"],
                 None if grads is None else grads["all"],
+                self.turns,
             )
         if schedule == "all_gather":
             rest_s = sum(work_s.at(step) for step in range(1, r))
             if grads is not None:  # what was gathered is still there
-                return work_s.at(0) + rest_s + grads["gather"]
-            return max(work_s.at(0), keys["gather"]) + rest_s
+                return self.turns * (work_s.at(0) + rest_s + grads["gather"])
+            return self.turns * (max(work_s.at(0), keys["gather"]) + rest_s)
         inner = self.c.inner
         rounds = []
         for across in range(r // inner):
@@ -340,7 +393,8 @@ class _Bill:
             else:
                 gathered_s = max(steps[0], keys["inside gather"]) + sum(steps[1:])
                 rounds.append(gathered_s + (grads["inside gather"] if grads else 0.0))
-        return _ring_s(rounds, keys["across"], None if grads is None else grads["across"])
+        across_s = None if grads is None else grads["across"]
+        return _ring_s(rounds, keys["across"], across_s, self.turns)
 
     def _rsa_s(self, work_s: _Seconds, *, backward: bool) -> float:
         """Two rings without overlap; in the backward also two sums over all ranks of all keys."""
@@ -359,7 +413,9 @@ class _Bill:
 
     def _hop_s(self, element_bytes: int) -> dict[str, float]:
         """Seconds of each kind of transfer of keys and values between places."""
-        blocks = [self._block_bytes(head, element_bytes) for head in range(self.u)]
+        blocks = [
+            -(-self._block_bytes(head, element_bytes) // self.turns) for head in range(self.u)
+        ]
         names = {
             "ring": ("all",),
             "rsa": (),
@@ -389,13 +445,18 @@ class _Bill:
 
     @cached_property
     def work_s(self) -> tuple[_Seconds, _Seconds]:
-        """Seconds of computing each pair of places, forward and backward, on the busiest head."""
+        """Seconds of computing each pair of places in a turn, forward and backward.
+
+        On the busiest head.
+        """
         s, t = self.shape, self.topology
         counts = self._counted()
         heads, groups = max(self.query_heads), max(self.key_heads)
-        flops = s.batch * heads * s.head_dim * counts.scores
-        rows_bytes = s.batch * heads * s.head_dim * self.wide_bytes * counts.rows
-        keys_bytes = s.batch * groups * 2 * s.head_dim * self.wide_bytes * counts.columns
+        flops = s.batch * heads * s.head_dim * counts.scores / self.turns
+        rows_bytes = s.batch * heads * s.head_dim * self.wide_bytes * counts.rows / self.by_heads
+        keys_bytes = (
+            s.batch * groups * 2 * s.head_dim * self.wide_bytes * counts.columns / self.turns
+        )
         forward = (
             counts.calls * t.forward.overhead_s
             + _FORWARD_FLOPS * flops / t.forward.flops_per_s
@@ -500,59 +561,6 @@ class _Bill:
                         ranks = self.rank_of(place, a), self.rank_of(place, b)
                         yield *ranks, a, b, rows[a], columns[a]
 
-    # ----------------------------------------------------------------------------------- memory
-
-    def peak_bytes(self) -> int:
-        """The larger of what forward and backward hold, on the rank with the most of all."""
-        s, b, wide = self.shape, self.shape.element_bytes, self.wide_bytes
-        rows, columns = max(self.rows), max(self.columns)
-        own_rows, own_columns = -(-rows // self.u), -(-columns // self.u)
-        channels = s.batch * s.head_dim
-        own_q = own_rows * s.heads * channels
-        own_kv = own_columns * s.key_heads * 2 * channels
-        q = rows * max(self.query_heads) * channels
-        kv = columns * max(self.key_heads) * 2 * channels
-        lse = s.batch * rows * max(self.query_heads) * wide
-        held = (2 * own_q + own_kv) * b  # q, the output, k and v
-        if self.u > 1:
-            held += (2 * q + kv) * b  # the same, switched
-        held += q * wide + lse  # the state
-        keys, grads = self._buffers()
-        forward = held + keys[0] * kv * b + self._score_bytes(rows)
-        gradients = (2 * own_q + own_kv) * b + (q * b if self.u > 1 else 0) + q * wide
-        backward = held + gradients + keys[1] * kv * b + grads * kv * wide
-        return max(forward, backward + 2 * self._score_bytes(rows))
-
-    def _score_bytes(self, rows: int) -> int:
-        """Whole rows of scores, where a method keeps them."""
-        if self.c.schedule != "rsa" or self.r == 1:
-            return 0
-        s = self.shape
-        return s.batch * max(self.query_heads) * rows * s.key_length * self.wide_bytes
-
-    def _buffers(self) -> tuple[tuple[int, int], int]:
-        """Places' keys and values held in forward and in backward, and gradients in backward."""
-        r, inner = self.r, self.c.inner
-        return (
-            {
-                "ring": ((2, 2), 3),
-                "rsa": ((2, 2), 4),
-                "double_ring": ((3, 3), 5),
-                "all_gather": ((r, r), 2 * r),
-                "hierarchical": ((inner + 1, inner + 1), 2 * inner + 2),
-            }[self.c.schedule if r > 1 else "ring"]
-            if r > 1
-            else ((1, 1), 1)
-        )
-
-
-def keys_needed(heads: int, groups: int, ranks: int, rank: int) -> range:
-    """Key/value heads that a rank's share of the query heads needs."""
-    size = shard_size(heads, ranks, rank)
-    first = shard_offset(heads, ranks, rank)
-    each = heads // groups
-    return range(first // each, (first + size - 1) // each + 1) if size else range(0)
-
 
 def _partners(name: str, places: int, inner: int) -> Iterator[tuple[int, int]]:
     """(from, to) of every transfer between places of one kind."""
@@ -570,18 +578,24 @@ def _partners(name: str, places: int, inner: int) -> Iterator[tuple[int, int]]:
             yield place, (place + inner) % places
 
 
-def _ring_s(steps_s: Sequence[float], hop_s: float, grad_hop_s: float | None) -> float:
+def _ring_s(
+    steps_s: Sequence[float], hop_s: float, grad_hop_s: float | None, turns: int = 1
+) -> float:
     """A ring's steps, each behind the hop of the next block and of the last one's gradient.
 
-    Gradients begin to travel after the second step and end after the last.
+    Gradients begin to travel after the second step and end after the last: behind the first step of
+    the next turn if there is one.
     """
     total_s, last = 0.0, len(steps_s) - 1
     for step, work_s in enumerate(steps_s):
         moved_s = hop_s if step < last else 0.0
         if grad_hop_s is not None and step > 1:
             moved_s += grad_hop_s
-        total_s += max(work_s, moved_s)
-    return total_s + (grad_hop_s if grad_hop_s is not None and last else 0.0)
+        total_s += turns * max(work_s, moved_s)
+    if grad_hop_s is not None and last:
+        hidden_s = max(steps_s[0], hop_s + grad_hop_s) - max(steps_s[0], hop_s)
+        total_s += (turns - 1) * hidden_s + grad_hop_s
+    return total_s
 
 
 def _turned(messages: Sequence[Message]) -> list[Message]:
@@ -593,8 +607,3 @@ def _sent(messages: Sequence[Message], ranks: int) -> list[int]:
     for source, _, nbytes in messages:
         totals[source] += nbytes
     return totals
-
-
-def _lengths(kind: Kind, length: int, mask: Mask, places: int) -> list[int]:
-    order = Order(kind, length, mask.documents if kind == "documents" else None)
-    return [len(order.positions(places, place)) for place in range(places)]
