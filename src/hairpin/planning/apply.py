@@ -236,16 +236,18 @@ def parallelize(
     """
     if isinstance(plan, SequencePlan):
         return route(model, plan, way)
-    mesh = Mesh(**{plan.axis: 1}) if mesh is None else as_mesh(mesh)
+    degrees = plan.degrees if isinstance(plan, AxialPlan) else {plan.axis: plan.degree}
+    mesh = Mesh(**dict.fromkeys(degrees, 1)) if mesh is None else as_mesh(mesh)
     if isinstance(plan, Plan):
         plan.require_model(model)
     require_bare(model)
-    if mesh.size(plan.axis) != plan.degree:
-        raise PlanError(
-            f"this plan splits over {plan.degree} ranks of axis '{plan.axis}', the mesh has "
-            f"{mesh.size(plan.axis)} there; plan again for this mesh"
-        )
-    mesh.group(plan.axis)
+    for axis, degree in degrees.items():
+        if mesh.size(axis) != degree:
+            raise PlanError(
+                f"this plan splits over {degree} ranks of axis '{axis}', the mesh has "
+                f"{mesh.size(axis)} there; plan again for this mesh"
+            )
+        mesh.group(axis)
     if isinstance(plan, AxialPlan):
         return attach_axial(model, AxialSplit(plan, mesh))
     attach_loops(

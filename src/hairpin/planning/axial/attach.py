@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_flatten_with_path
 from hairpin.comm.agree import require_agreement
 from hairpin.comm.eager import eager
 from hairpin.comm.mesh import Mesh
-from hairpin.errors import PlanError
+from hairpin.errors import DisagreementError, PlanError
+from hairpin.planning.axial.grid import Grid
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.pair import pair_stack
 from hairpin.planning.axial.plan import AxialPlan
 from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks
-from hairpin.planning.axial.way import Way
+from hairpin.planning.axial.way import Line, Way
 from hairpin.planning.routes import drop_hooks
 
 
@@ -37,15 +38,12 @@ class AxialSplit:
         r = residues
         lengths = {"s": sequences, "r": r, "i": r, "j": r}
         plan = self.plan
-        return Way(
-            self.mesh,
-            plan.axis,
-            lengths,
-            product=plan.product,
-            passing=plan.passing,
-            pieces=plan.pieces,
-            chunks=plan.chunks,
-        )
+        words: dict[str, Any] = {"mesh": self.mesh, "lengths": lengths}
+        words |= {"product": plan.product, "passing": plan.passing}
+        words |= {"pieces": plan.pieces, "chunks": plan.chunks}
+        if isinstance(plan.axis, str):
+            return Line(axis=plan.axis, **words)
+        return Grid(rows=plan.axis[0], columns=plan.axis[1], **words)
 
 
 @dataclass(eq=False)
@@ -57,7 +55,8 @@ class BeforeModel:
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         split = self.split
-        if split.mesh.size(split.plan.axis) == 1 or split.mesh.is_rehearsal:
+        alone = all(degree == 1 for degree in split.plan.degrees.values())
+        if alone or split.mesh.is_rehearsal:
             return
         words = [
             f"{''.join(map(str, path)) or 'input'}: {_described(leaf)}"
@@ -71,7 +70,19 @@ class BeforeModel:
             state = torch.get_rng_state().numpy().tobytes()
             digest = hashlib.blake2b(state, digest_size=4).hexdigest()
             statement += f"; CPU random state {digest}"
-        require_agreement(statement, split.mesh, split.plan.axis)
+        _agree(statement, split)
+
+
+def _agree(statement: str, split: AxialSplit) -> None:
+    """Along one axis after the other; who finds a difference first tells it along the next."""
+    failure: DisagreementError | None = None
+    for axis in split.plan.axes:
+        try:
+            require_agreement(statement, split.mesh, axis)
+        except DisagreementError as error:
+            statement, failure = f"{statement}; {error}", failure or error
+    if failure is not None:
+        raise failure
 
 
 def _described(leaf: Any) -> str:
@@ -141,7 +152,7 @@ class _TemplateStack(_Forward):
         for block in blocks:
             t = block(t, mask)
         t = self.module.output_layer_norm(t)
-        return way.whole(t, "i j c", _leaves(blocks[-1])).wait()
+        return way.whole(t, "i j c", _leaves(blocks[-1], split)).wait()
 
 
 @dataclass(eq=False)
@@ -156,9 +167,10 @@ class _PairStack(_Forward):
         return pair_stack(self.module, z, mask, way, self.arrives)[0]
 
 
-def _leaves(stack: Any) -> str:
+def _leaves(stack: Any, split: AxialSplit) -> str:
     """How pairs are held after a block of them."""
-    return "i" if stack.attention_first else "j"
+    kind = Line if isinstance(split.plan.axis, str) else Grid
+    return kind.multiplied if stack.attention_first else "j"
 
 
 def attach_axial(model: nn.Module, split: AxialSplit) -> nn.Module:
@@ -205,7 +217,7 @@ def _stand_ins(model: nn.Module, split: AxialSplit) -> list[_Forward]:
         found += [_EvoformerBlock(b, split, last=b is stack.blocks[-1]) for b in stack.blocks]
     for stack in pair_stacks(model):
         found.append(_TemplateStack(stack, split))
-        arrives = ["i", *(_leaves(block) for block in stack.blocks)]
+        arrives = ["i", *(_leaves(block, split) for block in stack.blocks)]
         found += [
             _PairStack(b, split, held) for b, held in zip(stack.blocks, arrives, strict=False)
         ]

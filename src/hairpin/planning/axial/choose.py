@@ -13,7 +13,7 @@ from hairpin.errors import MemoryBudgetError, PlanError
 from hairpin.layout import shard_size
 from hairpin.planning.axial.cost import Predicted, Rehearsed, Speeds, predict, rehearse
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
-from hairpin.planning.axial.way import Passing, Product, Way
+from hairpin.planning.axial.way import Line, Passing, Product, Way
 from hairpin.units import format_bytes, format_time
 
 _AXIS = "axis"
@@ -108,10 +108,10 @@ def rehearse_block(block: Any, manner: Manner, lengths: Lengths) -> Rehearsed:
     """One Evoformer block, of the meta device, on the first rank."""
     s, r, degree = lengths.sequences, lengths.residues, lengths.degree
     mesh = RehearsalMesh(0, **{_AXIS: degree})
-    way = Way(
-        mesh,
-        _AXIS,
-        {"s": s, "r": r, "i": r, "j": r},
+    way = Line(
+        mesh=mesh,
+        axis=_AXIS,
+        lengths={"s": s, "r": r, "i": r, "j": r},
         product=manner.product,
         passing=manner.passing,
         pieces=manner.pieces,

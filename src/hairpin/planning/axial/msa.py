@@ -5,18 +5,20 @@ order it arrives along s: the turn back is started before the pair updates and a
 In the multimer's order, where the outer product comes first, it arrives along r.
 
 ``z[i, j, c]`` arrives along j, as the last block's transition left it. Its bias is made there, and
-it turns to i behind row and column attention.
+it turns to i behind row and column attention. On a grid it stays along j until the outer product
+is added, and then turns half the way, to where triangle products run.
 """
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hairpin.planning.axial.attention import Bias, attend, crossing
+from hairpin.comm.pending import Pending
+from hairpin.planning.axial.attention import attend, crossing
 from hairpin.planning.axial.pair import pair_stack
 from hairpin.planning.axial.pieces import by_rows, turned_rows
-from hairpin.planning.axial.way import Way
+from hairpin.planning.axial.way import Way, advance
 
 Module = Any  # one of the model's, which this floor does not import
 Operand = tuple[Tensor, Tensor]  # ``[s, r, c]`` and its mask ``[s, r]``
@@ -59,12 +61,13 @@ def _outer_last(
     """The monomer's order."""
     msa_mask, pair_mask = masks
     bias = _row_bias(block, z, way)
-    turning = way.turn(z, "i j c", "j", "i")
+    turning = way.turn(z, "i j c", "j", way.updated)
     m = _columns(block, _rows(block, m, bias, msa_mask, way), msa_mask, way)
     back = way.turn(m, "s r c", "r", leaves)
     z = turning.wait()
-    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "i")
-    z, _ = pair_stack(block.pair_stack, z, pair_mask, way, "i")
+    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, way.updated)
+    between = partial(advance, back)
+    z, _ = pair_stack(block.pair_stack, z, pair_mask, way, way.updated, between)
     return back.wait(), z
 
 
@@ -81,19 +84,21 @@ def _outer_first(
     msa_mask, pair_mask = masks
     by_sequence = way.turn(m, "s r c", "r", "s")
     z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "j")
+    advance(by_sequence)
     bias = _row_bias(block, z, way)
-    turning = way.turn(z, "i j c", "j", "i")
+    turning = way.turn(z, "i j c", "j", way.multiplied)
     m = _columns(block, _rows(block, by_sequence.wait(), bias, msa_mask, way), msa_mask, way)
     back = way.turn(m, "s r c", "r", leaves)
-    z, _ = pair_stack(block.pair_stack, turning.wait(), pair_mask, way, "i")
+    z, between = turning.wait(), partial(advance, back)
+    z, _ = pair_stack(block.pair_stack, z, pair_mask, way, way.multiplied, between)
     return back.wait(), z
 
 
-def _row_bias(block: Module, z: Tensor, way: Way) -> Bias:
+def _row_bias(block: Module, z: Tensor, way: Way) -> Pending:
     return crossing(block.msa_row_attention_with_pair_bias.pair_bias(z), "k", way)
 
 
-def _rows(block: Module, m: Tensor, bias: Bias, mask: Tensor, way: Way) -> Tensor:
+def _rows(block: Module, m: Tensor, bias: Pending, mask: Tensor, way: Way) -> Tensor:
     """Suppl. Alg. 7, ``m`` held along s; then it turns to r."""
     row, own = block.msa_row_attention_with_pair_bias, mask[way.mine("s")]
 
@@ -101,7 +106,7 @@ def _rows(block: Module, m: Tensor, bias: Bias, mask: Tensor, way: Way) -> Tenso
         update = attend(row.attention, row.query_norm(m[some]), own[some], bias, way)
         return block.msa_dropout(update, m[some])  # type: ignore[no-any-return]
 
-    return turned_rows(rows, "s r c", "s", "r", way)
+    return turned_rows(rows, len(m), ("s r c", "s", "r"), way)
 
 
 def _columns(block: Module, m: Tensor, mask: Tensor, way: Way) -> Tensor:
@@ -129,14 +134,20 @@ def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held:
     if way.passing == "gather" or way.degree == 1:
         coming = way.whole(crosses, "s r c", "r")
         own, _ = near(module.norm(m), mine)
-        other = (coming.wait(), mask)
-        return _update(module, (own, mine), other, way, held)
-    own, _ = near(module.norm(m), mine)
-    found = {}
-    for rows, part in way.passing_by(crosses, "s r c", "r"):
-        update = _update(module, (own, mine), (part, mask[:, rows]), way, held)
-        found[rows.start, rows.stop] = update
-    return torch.cat([found[rows] for rows in sorted(found)], 1 if held == "i" else 0)
+        return _update(module, (own, mine), (coming.wait(), mask), way, held)
+
+    def update(rows: slice, part: Tensor, own: Tensor, own_mask: Tensor, mask: Tensor) -> Tensor:
+        pair = [(own, own_mask), (part, mask[:, rows])]
+        return module.update(*(pair if held == "i" else pair[::-1]))  # type: ignore[no-any-return]
+
+    return way.as_it_passes(
+        update,
+        crosses,
+        ("s r c", "r"),
+        near=(*near(module.norm(m), mine), mask),
+        dim=1 if held == "i" else 0,
+        parameters=tuple(module.output.parameters()),
+    )
 
 
 def _update(module: Module, own: Operand, other: Operand, way: Way, held: str) -> Tensor:

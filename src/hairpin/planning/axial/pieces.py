@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hairpin.layout import shard_offset, shard_size, shard_sizes
-from hairpin.planning.axial.way import Way
+from hairpin.planning.axial.way import Line, Way
 
 Rows = Callable[[slice], Tensor]
 
@@ -34,34 +34,34 @@ def by_rows(rows: Rows, length: int, way: Way) -> Tensor:
     return torch.cat([_forgotten(rows, part) for part in _parts(length, way.chunks)])
 
 
-def turned_rows(rows: Rows, pattern: str, src: str, dst: str, way: Way) -> Tensor:
+def turned_rows(rows: Rows, length: int, turn: tuple[str, str, str], way: Way) -> Tensor:
     """Compute a tensor some rows at a time, and turn its split, each piece as soon as it is there.
 
     Args:
-        rows: gives rows ``src`` of this rank's part, ``src`` being the first dim of the pattern.
-            Every call draws the same random numbers, those of one call for all rows.
-        pattern: of the tensor.
-        src: dim that it is held along; dst: dim that the result is held along.
+        rows: gives some rows of this rank's part. Every call draws the same random numbers, those
+            of one call for all rows.
+        length: of this rank's rows.
+        turn: pattern of the tensor, the dim that it is held along, which is the first of them, and
+            the dim that the result is held along.
 
     Returns:
-        the whole of ``src``, part of ``dst``.
+        all rows, this rank's part of the other dim.
     """
-    mine = way.mine(src)
-    own = mine.stop - mine.start
     pieces = 1 if way.passing == "ring" else max(way.pieces, way.chunks)
-    if pieces == 1 or way.degree == 1:  # a ring would pass by once for each piece
-        return way.turn(rows(slice(0, own)), pattern, src, dst).wait()
+    if not isinstance(way, Line) or pieces == 1 or way.degree == 1:
+        return way.turn(rows(slice(0, length)), *turn).wait()
+    _, src, _ = turn
     sizes = [
-        [shard_size(length, pieces, piece) for length in shard_sizes(way.lengths[src], way.degree)]
+        [shard_size(held, pieces, piece) for held in shard_sizes(way.lengths[src], way.degree)]
         for piece in range(pieces)
     ]  # a piece is dealt to the ranks as evenly as the whole, the larger parts first
     coming = []
     with same_draws() as again:
-        for part, lengths in zip(_parts(own, pieces), sizes, strict=True):
+        for part, lengths in zip(_parts(length, pieces), sizes, strict=True):
             again()
             x = rows(part) if way.chunks == 1 else _forgotten(rows, part)
             piece = replace(way, lengths={**way.lengths, src: sum(lengths)})
-            coming.append(piece.turn(x, pattern, src, dst))
+            coming.append(piece.turn(x, *turn))
     parts = [pending.wait().split(lengths) for pending, lengths in zip(coming, sizes, strict=True)]
     return torch.cat([part[rank] for rank in range(way.degree) for part in parts])
 

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -28,18 +28,21 @@ from hairpin.units import parse_bytes
 
 _LINK = Tier(1e-5, 50e9)  # of the order of GPUs in one host
 _PIECES = (1, 4)  # that are tried
+_LINES: tuple[Product, ...] = ("gather", "ring", "channels")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AxialPlan:
-    """Dynamic axial parallelism of a folding model over one mesh axis.
+    """Dynamic axial parallelism of a folding model over one mesh axis, or over a grid of two.
 
     Attributes:
-        axis: of the mesh.
-        degree: its ranks.
+        axis: of the mesh; or two of them, the grid's rows and its columns.
+        degree: its ranks; or of each.
         product: how triangle products cross the ranks: ``"gather"`` the right operand (Cheng et al.
             2022), ``"ring"``: its parts pass by, or ``"channels"``: each rank computes some
-            channels of all pairs.
+            channels of all pairs. On a grid: ``"grid"``, parts pass by in both directions.
         passing: how pair biases and the outer product's operand do: ``"gather"`` or ``"ring"``.
         pieces: row attention, and a product by channels, are computed in so many pieces, each sent
             while the next is computed.
@@ -47,10 +50,13 @@ class AxialPlan:
             another, and in training once more in the backward: less memory.
         candidates: what each way would take for a block, the fastest first; none if one was asked
             for.
+
+    Raises:
+        PlanError: a way that does not exist, or not on so many axes.
     """
 
-    axis: str = "sp"
-    degree: int = 1
+    axis: str | tuple[str, str] = "sp"
+    degree: int | tuple[int, int] = 1
     product: Product = "gather"
     passing: Passing = "gather"
     pieces: int = 1
@@ -61,14 +67,53 @@ class AxialPlan:
         for name, kinds in (("product", get_args(Product)), ("passing", get_args(Passing))):
             if getattr(self, name) not in kinds:
                 raise PlanError(f"{name}={getattr(self, name)!r}: write one of {', '.join(kinds)}")
-        for name in ("degree", "pieces", "chunks"):
+        if isinstance(self.axis, str):
+            self._check_line()
+        else:
+            self._check_grid()
+        if len(_several(self.degree)) != len(self.axes):
+            raise PlanError(
+                f"degree={self.degree!r} for axis={self.axis!r}; give one for each axis"
+            )
+        if any(degree < 1 for degree in self.degrees.values()):
+            raise PlanError(f"degree={self.degree}; an axis has at least one rank")
+        for name in ("pieces", "chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name}={getattr(self, name)}; there is at least one")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes, one or two."""
+        return _several(self.axis)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Ranks along each axis."""
+        return dict(zip(self.axes, _several(self.degree), strict=True))
+
+    def _check_line(self) -> None:
+        if self.product == "grid":
+            raise PlanError(
+                f"product='grid' on axis {self.axis!r} alone: a grid has two axes, such as "
+                "axis=('rows', 'columns')"
+            )
+
+    def _check_grid(self) -> None:
+        if len(self.axes) != 2 or len(set(self.axes)) != 2:
+            raise PlanError(
+                f"axis={self.axis!r}: name one axis, or two different ones for a grid, such as "
+                "axis=('rows', 'columns')"
+            )
+        if self.product != "grid":
+            raise PlanError(
+                f"product={self.product!r} on the grid {self.axis}: two axes have one way, "
+                "product='grid'; leave it out of plan_axial, or plan over one axis"
+            )
 
     def explain(self) -> str:
         """The plan for people: of a chosen one, what each way takes and what hides behind what."""
         head = (
-            f"dynamic axial parallelism over {self.degree} ranks of axis '{self.axis}': triangle "
+            f"dynamic axial parallelism over {self.degree} ranks of axis {self.axis!r}: triangle "
             f"products by {self.product}, biases by {self.passing}, in {self.pieces} pieces and "
             f"{self.chunks} chunks"
         )
@@ -82,11 +127,15 @@ class AxialPlan:
         return candidate.manner == Manner(self.product, self.passing, self.pieces, self.chunks)
 
 
+def _several(one_or_more: T | tuple[T, ...]) -> tuple[T, ...]:
+    return one_or_more if isinstance(one_or_more, tuple) else (one_or_more,)
+
+
 def plan_axial(
     mesh: Mesh | DeviceMesh,
     model: nn.Module | None = None,
     *,
-    axis: str = "sp",
+    axis: str | tuple[str, str] = "sp",
     product: Product | None = None,
     passing: Passing | None = None,
     pieces: int | None = None,
@@ -98,7 +147,7 @@ def plan_axial(
     backward: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> AxialPlan:
-    """Plan the split of a folding model over the ranks of a mesh axis.
+    """Plan the split of a folding model over the ranks of a mesh axis, or of two as a grid.
 
     With a model, every way is rehearsed on shapes and the fastest that fits is chosen. Without one,
     ``product``, ``passing``, ``pieces`` and ``chunks`` say how; gathered and at once if left out.
@@ -106,8 +155,9 @@ def plan_axial(
     Args:
         mesh: live, or a description.
         model: an AlphaFold, or a part of one with Evoformer blocks.
-        axis: of the mesh.
-        product: how triangle products cross the ranks, see :class:`AxialPlan`.
+        axis: of the mesh; or two of them, the grid's rows and its columns.
+        product: how triangle products cross the ranks, see :class:`AxialPlan`; ``"grid"`` on two
+            axes.
         passing: how pair biases do.
         pieces: in how many pieces work is done that a large transfer follows.
         chunks: in how many parts rows are computed that need not meet.
@@ -123,11 +173,11 @@ def plan_axial(
         PlanError: a way that does not exist, a model without blocks, or lengths left out.
         MeshError: no such axis.
     """
-    degree = as_mesh(mesh).size(axis)
+    sizes = tuple(as_mesh(mesh).size(one) for one in _several(axis))
     asked = AxialPlan(
         axis=axis,
-        degree=degree,
-        product=product or "gather",
+        degree=sizes[0] if isinstance(axis, str) else cast("tuple[int, int]", sizes),
+        product=product or ("gather" if isinstance(axis, str) else "grid"),
         passing=passing or "gather",
         pieces=1 if pieces is None else pieces,
         chunks=1 if chunks is None else chunks,
@@ -138,6 +188,11 @@ def plan_axial(
                 "sequences, residues, topology and memory choose a way for a model: give the model"
             )
         return asked
+    if not isinstance(axis, str):
+        raise PlanError(
+            "a way is chosen over one axis; over a grid there is one: leave the model out"
+        )
+    degree = sizes[0]
     if sequences is None or residues is None:
         raise PlanError("a way is chosen for a size: give sequences=... and residues=...")
     topology = Topology.flat(degree, _LINK) if topology is None else topology
@@ -149,7 +204,7 @@ def plan_axial(
     ways = [
         Manner(*way)
         for way in itertools.product(
-            get_args(Product) if product is None else (product,),
+            _LINES if product is None else (product,),
             get_args(Passing) if passing is None else (passing,),
             _PIECES if pieces is None else (pieces,),
             (1,) if chunks is None else (chunks,),

@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hairpin.comm.transport import Link, Wait
-from hairpin.planning.axial.way import Way
+from hairpin.planning.axial.way import Line
 
 
-def ring_outgoing(a: Tensor, b: Tensor, way: Way) -> Tensor:
+def ring_outgoing(a: Tensor, b: Tensor, way: Line) -> Tensor:
     """``a[i, k, c], b[j, k, c] -> [i, j, c]``; a, b and the result held along their first dim."""
     return _Outgoing.apply(a, b, way)  # type: ignore[no-any-return]
 
 
-def ring_incoming(a: Tensor, b: Tensor, way: Way) -> Tensor:
+def ring_incoming(a: Tensor, b: Tensor, way: Line) -> Tensor:
     """``a[k, j, c], b[k, i, c] -> [i, j, c]``; a, b and the result held along their first dim."""
     return _Incoming.apply(a, b, way)  # type: ignore[no-any-return]
 
 
 class _Outgoing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, way: Way) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, way: Line) -> Tensor:
         ctx.way = way
         ctx.save_for_backward(a, b)
         a, b = _channels_first(a), _channels_first(b)
@@ -56,7 +56,7 @@ class _Outgoing(torch.autograd.Function):
 
 class _Incoming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, way: Way) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, way: Line) -> Tensor:
         ctx.way = way
         ctx.save_for_backward(a, b)
         a, b = _channels_first(a), _channels_first(b)
@@ -79,7 +79,7 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1).contiguous()
 
 
-def _passing_by(x: Tensor, way: Way) -> Iterator[tuple[slice, Tensor]]:
+def _passing_by(x: Tensor, way: Line) -> Iterator[tuple[slice, Tensor]]:
     """The parts ``[c, rows, k]`` of every rank and their rows, this rank's first."""
     link = Link(way.mesh, way.axis)
     for step in range(link.size):
@@ -93,7 +93,7 @@ def _passing_by(x: Tensor, way: Way) -> Iterator[tuple[slice, Tensor]]:
             x = room
 
 
-def _summed(term: Callable[[slice], Tensor], way: Way) -> Tensor:
+def _summed(term: Callable[[slice], Tensor], way: Line) -> Tensor:
     """The sum of all ranks' terms ``[c, rows, k]`` of this rank's rows."""
     link = Link(way.mesh, way.axis)
     total = term(way.rows("i", (link.rank - 1) % link.size))
@@ -106,7 +106,7 @@ def _summed(term: Callable[[slice], Tensor], way: Way) -> Tensor:
     return total
 
 
-def _onward(x: Tensor, coming: int, way: Way, link: Link, *, what: str) -> tuple[Wait, Tensor]:
+def _onward(x: Tensor, coming: int, way: Line, link: Link, *, what: str) -> tuple[Wait, Tensor]:
     """Send ``x[c, rows, k]`` to the next rank and receive what has ``coming``'s rows."""
     rows = way.rows("i", coming)
     room = x.new_empty(x.shape[0], rows.stop - rows.start, x.shape[2])

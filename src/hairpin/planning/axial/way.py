@@ -1,43 +1,140 @@
-"""How one forward's tensors lie on the ranks, and the moves between those layouts."""
+"""How one forward's tensors lie on the ranks, and the moves between those layouts.
 
-from collections.abc import Iterator, Mapping
+Dims: s sequences, r residues, i and j residues of a pair, h heads, q queries, k keys, c channels. A
+tensor is whole or *held* along one of its dims: split over all ranks, uneven, nothing padded.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from hairpin.comm.eager import eager
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.pending import Pending
 from hairpin.comm.travel import travel
 from hairpin.comm.verbs import gather, reduce_scatter, scatter, switch
 from hairpin.layout import Layout, shard_offset, shard_size
 
-Product = Literal["gather", "ring", "channels"]
+Product = Literal["gather", "ring", "channels", "grid"]
 Passing = Literal["gather", "ring"]
+Use = Callable[..., Tensor]  # (rows, part, *near) to a piece of a result
 
 
-@dataclass(frozen=True)
-class Way:
-    """One mesh axis and one forward's lengths.
+class Relay(Pending):
+    """A transfer in two steps; :func:`advance` goes from one to the other, or else ``wait``."""
 
-    Dims: s sequences, r residues, i and j residues of a pair, h heads, c channels. A tensor is
-    whole or *held* along one of its dims: split over the axis, balanced, uneven, nothing padded.
+    def __init__(self, first: Pending, then: Callable[[Tensor], Pending]) -> None:
+        super().__init__(self._end)
+        self._first = first
+        self._then = then
+        self._second: Pending | None = None
+
+    @eager
+    def advance(self) -> None:
+        """Await the first step and start the second."""
+        if self._second is None:
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._second = self._then(self._first.wait())
+
+    def _end(self) -> Tensor:
+        self.advance()
+        assert self._second is not None
+        return self._second.wait()
+
+
+def advance(pending: Pending) -> None:
+    """Start the second step of a transfer that has two."""
+    if isinstance(pending, Relay):
+        pending.advance()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way(ABC):
+    """Some ranks of a mesh and one forward's lengths.
 
     Attributes:
         lengths: global length of every dim that a tensor may be held along.
         product: how triangle products cross the ranks.
         passing: how pair biases and the right operand of the outer product do.
-        pieces: in how many pieces work is done that a large transfer follows.
+        pieces: in how many pieces work is done that a large transfer follows; on one axis only.
         chunks: in how many parts, one after another, rows are computed that need not meet.
+        multiplied: how pairs are held for triangle products.
+        updated: how they are held where the monomer's outer product is added.
     """
 
     mesh: Mesh
-    axis: str
     lengths: Mapping[str, int]
     product: Product = "gather"
     passing: Passing = "gather"
     pieces: int = 1
     chunks: int = 1
+
+    multiplied: ClassVar[str]
+    updated: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def degree(self) -> int:
+        """Number of ranks."""
+
+    @abstractmethod
+    def mine(self, dim: str) -> slice:
+        """What this rank holds of ``dim``."""
+
+    @abstractmethod
+    def own(self, mask: Tensor) -> Tensor:
+        """This rank's part of a whole pair mask ``[i, j]``, held as for triangle products."""
+
+    @abstractmethod
+    def drop(self, dropout: nn.Module, update: Tensor, z: Tensor) -> Tensor:
+        """``z`` and an update, both held as for triangle products; a mask is the same along i."""
+
+    @abstractmethod
+    def part(self, x: Tensor, pattern: str, dim: str) -> Tensor:
+        """This rank's part of a tensor that every rank has whole."""
+
+    @abstractmethod
+    def turn(self, x: Tensor, pattern: str, src: str, dst: str) -> Pending:
+        """Start turning the split of ``x`` from one dim to another."""
+
+    @abstractmethod
+    def whole(self, x: Tensor, pattern: str, held: str) -> Pending:
+        """Start gathering all parts of ``x`` on every rank, which each may use in its own way."""
+
+    @abstractmethod
+    def as_it_passes(
+        self,
+        use: Use,
+        x: Tensor,
+        split: tuple[str, str],
+        *,
+        near: Sequence[Tensor],
+        dim: int,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> Tensor:
+        """What becomes of ``x``, whose parts pass by all ranks.
+
+        Args:
+            use: gives rows of the result along ``dim``, from which rows those are, the part of
+                ``x`` that belongs to them, and ``near``.
+            split: pattern of ``x`` and what it is held along, whose rows are those of the result.
+            near: what is here already.
+            parameters: those that ``use`` has.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(Way):
+    """The ranks of one mesh axis; parts are balanced runs."""
+
+    axis: str
+
+    multiplied: ClassVar[str] = "i"
+    updated: ClassVar[str] = "i"
 
     @property
     def degree(self) -> int:
@@ -57,21 +154,23 @@ class Way:
         return slice(start, start + shard_size(self.lengths[dim], self.degree, place))
 
     def mine(self, dim: str) -> slice:
-        """What this rank holds of ``dim``."""
         return self.rows(dim, self.mesh.rank(self.axis))
 
+    def own(self, mask: Tensor) -> Tensor:
+        return mask[self.mine("i")]
+
+    def drop(self, dropout: Any, update: Tensor, z: Tensor) -> Tensor:
+        return dropout(update, z)  # type: ignore[no-any-return]
+
     def part(self, x: Tensor, pattern: str, dim: str) -> Tensor:
-        """This rank's part of a tensor that every rank has whole."""
         layout = self.layout(x, pattern, None).split(dim, self.axis)
         return scatter(x, layout, self.mesh)
 
     def turn(self, x: Tensor, pattern: str, src: str, dst: str) -> Pending:
-        """Start turning the split of ``x`` from one dim to another."""
         before = self.layout(x, pattern, src)
         return switch(x, before, before.split(dst, self.axis), self.mesh, wait=False)
 
     def whole(self, x: Tensor, pattern: str, held: str) -> Pending:
-        """Start gathering all parts of ``x`` on every rank, which each may use in its own way."""
         return gather(x, self.layout(x, pattern, held), self.mesh, grad="partial", wait=False)
 
     def summed(self, x: Tensor, pattern: str, dim: str) -> Pending:
@@ -84,3 +183,19 @@ class Way:
         layout = self.layout(x, pattern, held)
         for owner, part in travel(x, layout, self.mesh, self.axis):
             yield self.rows(held, owner), part
+
+    def as_it_passes(
+        self,
+        use: Use,
+        x: Tensor,
+        split: tuple[str, str],
+        *,
+        near: Sequence[Tensor],
+        dim: int,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> Tensor:
+        found = {
+            (rows.start, rows.stop): use(rows, part, *near)
+            for rows, part in self.passing_by(x, *split)
+        }  # empty parts too: the backward goes the same way on every rank
+        return torch.cat([found[rows] for rows in sorted(found)], dim)
