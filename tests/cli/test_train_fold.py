@@ -83,6 +83,25 @@ def test_a_killed_run_goes_on_and_says_how_near_it_came(folder, proteins):
     assert "Ca-RMSD 1abc " in err
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_train_and_say_it_once(folder, proteins):
+    process = program(
+        "--ranks", 2, "--dap", 1, "--batch-size", 2, "--steps", 2, "--json", "--out", "out",
+        cwd=folder,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert json.loads(out)["step"] == 2
+    rows = metrics.read(folder / "out/metrics.jsonl")
+    assert [row["proteins"] for row in rows] == [["1abc", "1abc"]] * 2
+    assert all(len(row["bytes_sent"]) == 2 and row["bytes_sent"][1] > 0 for row in rows)
+    process = program("--dap", 2, "--resume", "out", "--steps", 3, cwd=folder)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert out.startswith("step 3, on the proteins trained on")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -93,6 +112,9 @@ def test_a_killed_run_goes_on_and_says_how_near_it_came(folder, proteins):
         (["--data", "p", "--recipe", "huge"], "there is no recipe 'huge'; choose one of tiny"),
         (["--data", "p", "--steps", 0], "steps=0 must be at least 1"),
         (["--data", "p", "--batch-size", 0], "batch_size=0 must be at least 1"),
+        (["--data", "p", "--ranks", 3, "--dap", 2], "got 3 ranks and dap=2; groups of ranks"),
+        (["--data", "p", "--ranks", 2, "--dap", 1], "a step takes 1 protein, too few to share out"),
+        (["--data", "p", "--product", "teleport"], "write one of gather, ring, channels"),
         (["--data", "p", "--resume", "nowhere"], "there is no checkpoint in nowhere"),
         (["--data", "p", "--out", "file/out"], "cannot write to file/out: Not a directory"),
     ],

@@ -11,8 +11,10 @@ import torch
 import hairpin as hp
 from hairpin.errors import FoldInputError, MemoryBudgetError, RecipeError, WeightsError
 from hairpin.models.alphafold import AlphaFold, presets, weights
+from hairpin.planning.axial.attach import AxialSplit
 from hairpin.run import fold_estimate
 from hairpin.run.fold import (
+    FoldModel,
     digest,
     expected_distances,
     features_of,
@@ -25,6 +27,7 @@ from hairpin.run.fold import (
     write_structures,
 )
 from hairpin.run.fold_inputs import coverage_letters, read_fold_target, targets_in
+from hairpin.run.launch import launch
 
 PROTEINS = Path(__file__).parents[2] / "../shared/data/proteins"
 SEQUENCE = "MAAHKGAEHHHKAAEHH"
@@ -260,6 +263,61 @@ def test_the_count_holds_for_any_number_of_recycles(tiny, recycles, tmp_path):
     assert need.activation_bytes == predict(tiny, target, recycles=recycles).peak_bytes
 
 
+def deep_case(folder):
+    """A model whose stacks hold most, with three Evoformer blocks, and a target for it."""
+    config = presets.tiny()
+    config = replace(
+        config,
+        template=None,
+        evoformer_blocks=3,
+        evoformer=replace(config.evoformer, pair_heads=16, msa_heads=16),
+        data=replace(config.data, max_extra_msa=64, max_msa_clusters=48),
+    )
+    rows = "".join(f">r{i}\n{'G' * i}{'A' * (23 - i)}\n" for i in range(1, 23))
+    more = "".join(f">s{i}\n{'W' * i}{'L' * (23 - i)}\n" for i in range(1, 23))
+    (folder / "deep.fasta").write_text(f">query\n{SEQUENCE}GAVLIM\n")
+    (folder / "deep.a3m").write_text(f">query\n{SEQUENCE}GAVLIM\n{rows}{more}")
+    return config, read_fold_target(folder / "deep.fasta", [folder / "deep.a3m"])
+
+
+def predict_over(config, target, over):
+    """What this rank predicts and has sent."""
+    mesh = hp.init_mesh(sp=over.ranks)
+    plan = hp.plan_axial(mesh, product=over.product, passing=over.passing)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FoldModel("deep", AlphaFold(config).eval().requires_grad_(False))
+    found = predict(model, target, recycles=1, split=AxialSplit(plan, mesh))
+    return found, mesh.traffic.bytes_sent
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "product", "passing"),
+    [
+        (2, "ring", "ring"),
+        pytest.param(3, "channels", "gather", marks=pytest.mark.slow),
+        pytest.param(4, "gather", "gather", marks=pytest.mark.slow),
+    ],
+)
+def test_the_count_of_a_split_model_is_what_its_first_rank_holds_and_sends(
+    tmp_path, ranks, product, passing
+):
+    config, target = deep_case(tmp_path)
+    over = fold_estimate.Over(ranks, product, passing)
+    need = fold_estimate.count(config, 23, rows=45, recycles=1, over=over)
+    found = launch(predict_over, ranks, config, target, over, timeout_s=200)
+    prediction, sent_bytes = found[0]
+    assert need.sent_bytes == sent_bytes
+    scratch_bytes = need.activation_bytes - prediction.peak_bytes  # of kernels, which no run sees
+    assert 0 <= scratch_bytes < 0.005 * need.activation_bytes
+    alone = fold_estimate.count(config, 23, rows=45, recycles=1)
+    assert need.activation_bytes < 0.7 * alone.activation_bytes
+    assert need.flops < 0.7 * alone.flops
+    assert alone.sent_bytes == 0
+    assert {digest(one) for one, _ in found} == {digest(prediction)}
+
+
 def test_the_count_of_a_complex(files, tiny_multimer):
     """The model chooses its rows itself; what sorting them takes is counted, not measured."""
     target = read_fold_target(files / "two.fasta", [files / "one.a3m"])
@@ -344,6 +402,18 @@ def test_the_curve_goes_through_a_cubic():
     assert curve.at(60) == pytest.approx(7 + 180 + 7200 + 216000)
     assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3) == 55
     assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3 - 1) == 54
+
+
+def test_ranks_share_the_room_of_a_machine(files, monkeypatch):
+    over = fold_estimate.Over(3, "ring", "ring")
+    curve = fold_estimate.Curve((1, 10, 100, 1000), (10**6, 10**7, 10**8, 10**9))
+    monkeypatch.setattr(fold_estimate.Curve, "of", lambda *_, **__: curve)
+    monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 3 * 10**5)
+    given = (files / "one.fasta", [files / "one.a3m"])
+    with pytest.raises(MemoryBudgetError, match=r"for each of 3 ranks, and cpu has 97\.66 KiB"):
+        fold_estimate.require_room_for_ranks(*given, over, preset="tiny")
+    monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 3 * 10**9)
+    fold_estimate.require_room_for_ranks(*given, over, preset="tiny")
 
 
 def test_no_room_is_an_error_with_what_would_fit(files, tiny, monkeypatch):

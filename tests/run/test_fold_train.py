@@ -4,7 +4,9 @@ Every training runs in a process of its own: this process must run no backward, 
 """
 
 import os
+import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from hairpin.errors import CheckpointError, FoldInputError, HairpinError, RecipeError
+from hairpin.errors import (
+    CheckpointError,
+    DisagreementError,
+    FoldInputError,
+    HairpinError,
+    MeshError,
+    RecipeError,
+)
 from hairpin.models.alphafold import presets
 from hairpin.proteins.loader import find_proteins
 from hairpin.run import checkpoint, metrics
@@ -70,19 +79,21 @@ def restless() -> FoldRecipe:
     )
 
 
-def job_of(folder: Path, out: Path, *, last_step: int, recipe: FoldRecipe | None = None) -> FoldJob:
-    """Without workers: `launch` makes processes that may have none."""
+def job_of(
+    folder: Path, out: Path, *, last_step: int, recipe: FoldRecipe | None = None, **settings
+) -> FoldJob:
     return FoldJob(
         recipe=recipe or restless(),
         proteins=find_proteins(folder),
         out_dir=out,
         last_step=last_step,
-        workers=0,
+        workers=settings.pop("workers", 0),
+        **settings,
     )
 
 
 def run(job: FoldJob, hook=None) -> None:
-    launch(train_fold, 1, job, on_step=hook, timeout_s=100)
+    launch(train_fold, job.dp * job.dap, job, on_step=hook, timeout_s=300)
 
 
 def tensors(path: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -196,6 +207,155 @@ def test_a_checkpoint_of_other_settings_is_refused(folder, tmp_path):
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(RecipeError, match=message):
         replace(fold_tiny(), **settings)
+
+
+# ------------------------------------------------------------------------------ over several ranks
+
+
+LAYOUTS = {"sharing": (2, 1), "splitting": (1, 2), "both": (2, 2), "four": (1, 4)}
+
+
+def curve(path: Path) -> np.ndarray:
+    """Loss, backbone error, distogram loss and gradient norm of every step."""
+    names = ("loss", "fape", "distogram", "grad_norm")
+    return np.array([[row[name] for name in names] for row in metrics.read(path / "metrics.jsonl")])
+
+
+def exact() -> FoldRecipe:
+    """Restless, in double precision; its third step takes whole proteins."""
+    return replace(
+        restless(), dtype="float64", steps=3, whole_from=2, checkpoint_every=1, validate_every=3
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> Path:
+    """The exact recipe on one rank."""
+    out = tmp_path_factory.mktemp("alone")
+    run(job_of(folder, out, last_step=3, recipe=exact()))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("layout", "way"),
+    [
+        ("both", ("channels", "gather")),
+        ("sharing", ("gather", "gather")),
+        ("splitting", ("ring", "ring")),
+        ("four", ("gather", "ring")),
+    ],
+)
+def test_losses_do_not_depend_on_the_layout(folder, tmp_path, alone, layout, way):
+    """With crops, masks, recycles, clamping and dropout, and proteins of other lengths at once."""
+    dp, dap = LAYOUTS[layout]
+    job = job_of(
+        folder, tmp_path, last_step=3, recipe=exact(), dp=dp, dap=dap,
+        product=way[0], passing=way[1],
+    )  # fmt: skip
+    run(job)
+    assert curve(tmp_path) == pytest.approx(curve(alone), abs=1e-10)
+    ours, theirs = metrics.read(tmp_path / "metrics.jsonl"), metrics.read(alone / "metrics.jsonl")
+    assert [row["proteins"] for row in ours] == [row["proteins"] for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert len(row["bytes_sent"]) == len(row["peak_memory_bytes"]) == dp * dap
+        assert (row["validation"] is None) == (other["validation"] is None)
+        for name in row["validation"] or ():
+            assert row["validation"][name] == pytest.approx(other["validation"][name], abs=1e-6)
+    assert all(sent > 0 for sent in ours[0]["bytes_sent"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+def test_twenty_steps_of_the_tiny_recipe_are_the_same_on_every_layout(
+    folder, tmp_path, dtype, tolerance
+):
+    recipe = replace(fold_tiny(), dtype=dtype, steps=20, batch_size=2, checkpoint_every=20)
+    for dp, dap in ((1, 1), *LAYOUTS.values()):
+        out = tmp_path / f"{dp}-{dap}"
+        run(job_of(folder, out, last_step=20, recipe=recipe, dp=dp, dap=dap))
+    losses = {path.name: curve(path)[:, 0] for path in tmp_path.iterdir()}
+    assert all(len(found) == 20 for found in losses.values())
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["1-1"], abs=tolerance), name
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_on_another_layout(folder, tmp_path, alone):
+    job = job_of(folder, tmp_path, last_step=3, recipe=exact(), dap=2, workers=1)
+    with pytest.raises(RankFailure, match="rank 0 of 2 was killed by SIGKILL"):
+        run(job, kill_at(2))
+    assert checkpoint.read_info(checkpoint.find(tmp_path)).step == 1
+    run(replace(job, resume=tmp_path, dp=2, dap=1))
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["bytes_sent"][1] > 0
+    assert curve(tmp_path) == pytest.approx(curve(alone), abs=1e-10)
+    one, two = (tensors(path, tmp_path) for path in (alone, tmp_path))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=1e-9), name
+
+
+def train_or_die(job: FoldJob) -> None:
+    """As `train_fold`; the last rank is killed when it is about to begin its second step."""
+    if int(os.environ["RANK"]) == job.dp * job.dap - 1:
+        before = _FoldRun.step
+
+        def step(self, number, examples):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return before(self, number, examples)
+
+        _FoldRun.step = step
+    train_fold(job)
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_killed_ends_the_others(folder, tmp_path):
+    """Its workers, which inherit its connections, do not keep them open."""
+    job = job_of(folder, tmp_path, last_step=1000, dap=2, workers=1)
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match="rank 1 of 2 was killed by SIGKILL") as info:
+        launch(train_or_die, 2, job, timeout_s=200)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1]
+    assert "rank 0 failed: CommError" in str(info.value)
+    last_sign_s = (tmp_path / "metrics.jsonl").stat().st_mtime - time.time() + time.monotonic()
+    assert time.monotonic() - max(began, last_sign_s) < 10
+
+
+def train_on_other_files(job: FoldJob, other: Path) -> None:
+    """As `train_fold`; the last rank reads other files of the same names."""
+    if int(os.environ["RANK"]) == job.dp * job.dap - 1:
+        job = replace(job, proteins=find_proteins(other))
+    train_fold(job)
+
+
+def test_a_rank_with_another_alignment_is_found_out(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*/a.a3m"):
+        path.write_text(path.read_text() + f">new\n{'G' * len(SEQUENCES[path.parent.name])}\n")
+    job = job_of(folder, tmp_path / "out", last_step=2, dap=2)
+    with pytest.raises(RankFailure) as info:
+        launch(train_on_other_files, 2, job, tmp_path / "other", timeout_s=100)
+    error = user_error(info.value)
+    assert isinstance(error, DisagreementError)
+    assert "the ranks of mesh axis 'sp' were given different work" in str(error)
+    assert "msa_feat" in str(error)
+
+
+def test_more_groups_than_proteins_of_a_step_are_refused(folder, tmp_path):
+    job = job_of(folder, tmp_path, last_step=1, recipe=replace(restless(), batch_size=1), dp=2)
+    with pytest.raises(RankFailure) as info:
+        run(job)
+    error = user_error(info.value)
+    assert isinstance(error, MeshError)
+    assert "a step takes 1 protein, too few to share out over dp=2" in str(error)
+    assert "--batch-size 2 or more, or a larger --dap" in str(error)
+
+
+# ------------------------------------------------------------------------------------------ scores
 
 
 def test_scores_do_not_depend_on_the_pose_and_leave_out_what_was_not_seen():

@@ -1,19 +1,28 @@
 """``hairpin fold``: structures of proteins and complexes from alignments and parameters."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hairpin.cli import train
 from hairpin.cli.output import command_line, print_json, print_text, say
-from hairpin.errors import HairpinError, RecipeError, WeightsError
+from hairpin.errors import HairpinError, PlanError, RecipeError, WeightsError
 
 if TYPE_CHECKING:
+    import torch
+
+    from hairpin.planning.axial.attach import AxialSplit
     from hairpin.run.fold import FoldModel, Prediction
+    from hairpin.run.fold_estimate import Over
     from hairpin.run.fold_inputs import FoldTarget
 
+_TIMEOUT_S = 3600.0  # that the others wait while the first rank writes and relaxes
+_OF_RANKS = ("auto", "cpu", "cuda")  # devices to name where there are several ranks
 _SOME_FAILED = 1  # exit code where targets of a folder failed
 
 
@@ -32,6 +41,16 @@ class Wishes:
     memory: str | None
     device: str
     relax: bool
+    ranks: int
+    product: str
+    passing: str
+
+    @property
+    def over(self) -> "Over":
+        """The ranks to split a model over."""
+        from hairpin.run.fold_estimate import Over
+
+        return Over(self.ranks, self.product, self.passing)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,9 @@ def fold(
     device: Annotated[
         str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")
     ] = "auto",
+    ranks: train.Ranks = None,
+    product: train.Product = "gather",
+    passing: train.Passing = "gather",
     relax: Annotated[
         bool, typer.Option("--relax", help="Also minimise the best structure with OpenMM.")
     ] = False,
@@ -111,20 +133,22 @@ def fold(
         memory=memory,
         device=device,
         relax=relax,
+        ranks=train.rank_count(ranks),
+        product=product,
+        passing=passing,
     )
     if estimate:
-        _estimate(target, wishes, json=json)
+        if not _among_others():
+            _estimate(target, wishes, json=json)
         return
     _check(wishes)
+    if wishes.ranks > 1 and not target.is_dir():
+        _check_room(target, wishes)
     out = out or Path(f"fold_{target.stem or 'targets'}")
-    if target.is_dir():
-        _fold_folder(target, out, wishes, json=json)
-        return
-    result = _fold_one(target, out, Models(wishes), wishes)
-    if json:
-        print_json(_as_data(result))
-    else:
-        print_text("\n".join(_summary(result)))
+    work = _fold_folder if target.is_dir() else _fold_alone
+    results = train.on_folding_ranks(_on_rank, wishes.ranks, work, target, out, wishes)
+    if results is not None:  # None under torchrun, on all ranks but the first
+        _tell(results, folder=target.is_dir(), json=json)
 
 
 def _check(wishes: Wishes) -> None:
@@ -134,6 +158,8 @@ def _check(wishes: Wishes) -> None:
 
     if wishes.memory is not None:
         parse_bytes(wishes.memory)
+    train.require_way(wishes.product, wishes.passing)
+    _check_ranks(wishes)
     if wishes.params and wishes.random_weights:
         raise RecipeError("--params and --random-weights exclude each other; give one of them")
     if not wishes.params and not wishes.random_weights:
@@ -149,6 +175,156 @@ def _check(wishes: Wishes) -> None:
     if len(set(names)) < len(names):
         raise RecipeError("two of the files given with --params have one name; rename one")
     require_matplotlib()
+
+
+def _check_ranks(wishes: Wishes) -> None:
+    """Refuse what several ranks cannot do."""
+    if wishes.ranks == 1:
+        return
+    if wishes.memory is not None:
+        from hairpin.run.fold import NOT_BOTH
+
+        raise PlanError(NOT_BOTH)
+    if wishes.device not in _OF_RANKS:
+        raise RecipeError(
+            f"--device {wishes.device}: each of {wishes.ranks} ranks takes a device of its own; "
+            f"write {', '.join(_OF_RANKS)}"
+        )
+    if wishes.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < wishes.ranks:
+            raise RecipeError(
+                f"--device cuda: {wishes.ranks} ranks need as many GPUs, and torch sees "
+                f"{torch.cuda.device_count()}; start fewer ranks, or take auto or cpu"
+            )
+
+
+def _check_room(fasta: Path, wishes: Wishes) -> None:
+    """Refuse what ranks on this machine's processor have no memory for.
+
+    Before they start: the system would end them without a word. One rank alone looks for itself.
+    """
+    import torch
+
+    from hairpin.run.fold_estimate import require_room_for_ranks
+    from hairpin.run.launch import launched
+
+    gpus = wishes.device != "cpu" and torch.cuda.device_count() >= wishes.ranks
+    if launched() or gpus:
+        return
+    require_room_for_ranks(
+        fasta,
+        wishes.alignments,
+        wishes.over,
+        params=wishes.params,
+        preset=wishes.random_weights,
+        recycles=wishes.recycles,
+    )
+
+
+# ------------------------------------------------------------------------------------------ ranks
+
+
+@dataclass
+class Crew:
+    """The ranks that fold together, as one of them sees it.
+
+    Attributes:
+        split: how the model is split over them.
+        device: this rank's.
+        folding: whether a model runs now: an error then has the other ranks wait in vain.
+    """
+
+    split: "AxialSplit"
+    device: "torch.device"
+    folding: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks and writes."""
+        return self.split.mesh.global_rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.split.plan.ranks > 1
+
+    def say(self, text: str) -> None:
+        """Tell the person, once."""
+        if self.first:
+            say(text)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """An error inside it is raised on every rank, so that all go on, or end, alike."""
+        from hairpin.comm.agree import require_agreement
+
+        error = None
+        try:
+            yield
+        except HairpinError as found:
+            error = found
+        mesh = self.split.mesh
+        require_agreement(f"{what}: {'ready' if error is None else error}", mesh, "sp")
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def fold(self) -> Iterator[None]:
+        """While a model runs."""
+        self.folding = True
+        yield
+        self.folding = False
+
+
+def _on_rank(
+    work: Callable[[Path, Path, Wishes, Crew], list[Result]],
+    target: Path,
+    out: Path,
+    wishes: Wishes,
+) -> list[Result] | None:
+    """One rank's part; the first has the results."""
+    from hairpin.comm.mesh import init_mesh
+    from hairpin.planning.axial.attach import AxialSplit
+    from hairpin.planning.axial.plan import plan_axial
+    from hairpin.run.device import device_of
+
+    several = wishes.ranks > 1
+    kind = wishes.device if several and wishes.device != "auto" else None
+    mesh = init_mesh(sp=wishes.ranks, timeout_s=_TIMEOUT_S, device_type=kind)
+    plan = plan_axial(mesh, product=wishes.product, passing=wishes.passing)  # type: ignore[arg-type]
+    device = device_of(mesh) if several else pick_device(wishes.device)
+    crew = Crew(AxialSplit(plan, mesh), device)
+    results = work(target, out, wishes, crew)
+    return results if crew.first else None
+
+
+def _fold_alone(fasta: Path, out: Path, wishes: Wishes, crew: Crew) -> list[Result]:
+    return [_fold_one(fasta, out, Models(wishes), crew)]
+
+
+def _fold_folder(folder: Path, out: Path, wishes: Wishes, crew: Crew) -> list[Result]:
+    """Fold every FASTA file of a folder; those that fail do not stop the others."""
+    from hairpin.run.checkpoint import require_writable
+    from hairpin.run.fold_inputs import targets_in
+
+    models, results = Models(wishes), []
+    paths = targets_in(folder)
+    require_writable(out)
+    for number, fasta in enumerate(paths, start=1):
+        crew.say(f"{number}/{len(paths)}: {fasta.name}")
+        try:
+            results.append(_fold_one(fasta, out / fasta.stem, models, crew))
+        except HairpinError as error:
+            if crew.several and crew.folding:
+                raise  # the ranks no longer do the same
+            crew.say(f"{fasta.name}: {error}")
+            results.append(Result(fasta.stem, out / fasta.stem, error=str(error)))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- folds
 
 
 @dataclass
@@ -177,53 +353,78 @@ class Models:
         return [self._built[path] for path in wishes.params]
 
 
-def _fold_one(fasta: Path, out: Path, models: Models, wishes: Wishes) -> Result:
+def _fold_one(fasta: Path, out: Path, models: Models, crew: Crew) -> Result:
     """Fold one target into a folder.
 
     Raises:
         HairpinError: anything about it is wrong.
     """
+    from hairpin.run.fold import ranked, write_structures
+
+    with crew.together(fasta.name):
+        target, used = _prepared(fasta, out, models, crew)
+    predictions: list[Prediction] = []
+    files: list[Path] = []
+    for model in used:
+        predictions.append(_predicted(model, target, models.wishes, crew))
+        if crew.first:
+            files += write_structures(predictions[-1], out)
+    best_first = ranked(predictions)
+    if crew.first:
+        files += _write_rest(target, best_first, out)
+        if models.wishes.relax:
+            files += _relaxed(best_first[0], out)
+    return Result(target.name, out, best_first, files)
+
+
+def _prepared(
+    fasta: Path, out: Path, models: Models, crew: Crew
+) -> "tuple[FoldTarget, list[FoldModel]]":
+    """The target and the models to fold it with; refuses what would fail later."""
     from hairpin.run.checkpoint import require_writable
-    from hairpin.run.fold import predict, ranked, require_fit, write_structures
+    from hairpin.run.fold import require_fit
     from hairpin.run.fold_estimate import require_room
     from hairpin.run.fold_inputs import read_fold_target
-    from hairpin.run.fold_progress import FoldProgress
 
+    wishes = models.wishes
     target = read_fold_target(
         fasta, wishes.alignments, templates=wishes.templates, hits=wishes.hits
     )
     for note in target.notes:
-        say(f"{target.name}: {note}")
-    folder = require_writable(out)
+        crew.say(f"{target.name}: {note}")
+    require_writable(out)
     used = models.of(target)
-    device = pick_device(wishes.device)
-    predictions: list[Prediction] = []
-    files: list[Path] = []
     for model in used:
         require_fit(model.config, target)
-        times = model.config.recycles if wishes.recycles is None else wishes.recycles
-        if wishes.memory is None:
-            require_room(model.config, target, device, recycles=times)
-        if model.rehearsal:
-            say(model.rehearsal)
-        with FoldProgress(f"{target.name}, {model.name}", times + 1) as progress:
-            prediction = predict(
-                model,
-                target,
-                seed=wishes.seed,
-                recycles=times,
-                memory=wishes.memory,
-                device=device,
-                on_block=progress,
-                progress=progress.say,
-            )
-        predictions.append(prediction)
-        files += write_structures(prediction, folder)
-    best_first = ranked(predictions)
-    files += _write_rest(target, best_first, folder)
-    if wishes.relax:
-        files += _relaxed(best_first[0], folder)
-    return Result(target.name, folder, best_first, files)
+        if wishes.memory is None and not crew.several:
+            times = model.config.recycles if wishes.recycles is None else wishes.recycles
+            require_room(model.config, target, crew.device, recycles=times)
+    return target, used
+
+
+def _predicted(
+    model: "FoldModel", target: "FoldTarget", wishes: Wishes, crew: Crew
+) -> "Prediction":
+    """One model's prediction, the same on every rank; the first shows how it goes."""
+    from hairpin.run.fold import predict
+    from hairpin.run.fold_progress import FoldProgress
+
+    times = model.config.recycles if wishes.recycles is None else wishes.recycles
+    if model.rehearsal:
+        crew.say(model.rehearsal)
+    bar = FoldProgress(f"{target.name}, {model.name}", times + 1)
+    with crew.fold(), bar if crew.first else nullcontext():
+        return predict(
+            model,
+            target,
+            seed=wishes.seed,
+            recycles=times,
+            memory=wishes.memory,
+            split=crew.split,
+            device=crew.device,
+            on_block=bar if crew.first else None,
+            progress=bar.say if crew.first else None,
+        )
 
 
 def _write_rest(
@@ -266,21 +467,15 @@ def _relaxed(prediction: "Prediction", folder: Path) -> list[Path]:
     return [target]
 
 
-def _fold_folder(folder: Path, out: Path, wishes: Wishes, *, json: bool) -> None:
-    """Fold every FASTA file of a folder; those that fail do not stop the others."""
-    from hairpin.run.checkpoint import require_writable
-    from hairpin.run.fold_inputs import targets_in
-
-    models, results = Models(wishes), []
-    paths = targets_in(folder)
-    require_writable(out)
-    for number, fasta in enumerate(paths, start=1):
-        say(f"{number}/{len(paths)}: {fasta.name}")
-        try:
-            results.append(_fold_one(fasta, out / fasta.stem, models, wishes))
-        except HairpinError as error:
-            say(f"{fasta.name}: {error}")
-            results.append(Result(fasta.stem, out / fasta.stem, error=str(error)))
+def _tell(results: Sequence[Result], *, folder: bool, json: bool) -> None:
+    """Print how it went."""
+    if not folder:
+        (result,) = results
+        if json:
+            print_json(_as_data(result))
+        else:
+            print_text("\n".join(_summary(result)))
+        return
     if json:
         print_json([_as_data(result) for result in results])
     else:
@@ -370,18 +565,26 @@ def _estimate(target: Path, wishes: Wishes, *, json: bool) -> None:
 
     from hairpin.run.fold_estimate import estimate_fold, table
 
+    train.require_way(wishes.product, wishes.passing)
+
     found = estimate_fold(
         target,
         wishes.alignments,
         params=wishes.params,
         preset=wishes.random_weights,
         recycles=wishes.recycles,
+        over=wishes.over,
         progress=say,
     )
     if json:
         print_json(asdict(found))
     else:
         print_text(table(found))
+
+
+def _among_others() -> bool:
+    """Whether torchrun started this process as another rank than the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def pick_device(name: str) -> Any:

@@ -32,6 +32,7 @@ _NEEDS = (
     ("matplotlib", "matplotlib", "report"),
     ("jinja2", "jinja2", "report"),
 )
+_SLOW_IMPORTS = ("sklearn.datasets", "gemmi")  # of what ranks need, those that take long
 
 # options of every training
 Steps = Annotated[
@@ -48,6 +49,15 @@ RunFolder = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32 or float64.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
 
+# options of everything that folds over ranks
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
+]
+Product = Annotated[
+    str, typer.Option(help="How triangle products cross the ranks: gather, ring or channels.")
+]
+Passing = Annotated[str, typer.Option(help="How pair biases cross the ranks: gather or ring.")]
+
 app = typer.Typer(help="Train a model.", no_args_is_help=True)
 
 
@@ -62,9 +72,7 @@ def video(
     recipe: Annotated[
         str | None, typer.Option(help="digits (the default) or tiny, or that of the checkpoint.")
     ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
-    ] = None,
+    ranks: Ranks = None,
     dp: Annotated[
         int, typer.Option(min=1, help="Groups of ranks that share out clips; the rest split clips.")
     ] = 1,
@@ -260,12 +268,26 @@ def rank_count(wanted: int | None) -> int:
     return world
 
 
+def require_way(product: str, passing: str) -> None:
+    """Raise unless a folding model can be split like this.
+
+    Raises:
+        PlanError: a way that does not exist.
+    """
+    from hairpin.comm.mesh import Mesh
+    from hairpin.planning.axial.plan import plan_axial
+
+    plan_axial(Mesh(sp=1), product=product, passing=passing)  # type: ignore[arg-type]
+
+
 def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any) -> Any:
     """Run a program on new local ranks, or on the one that torchrun made of this process.
 
     Returns:
         what the first rank returned; None on torchrun's other ranks.
     """
+    from importlib.util import find_spec
+
     import torch
 
     from hairpin.run.launch import launch, launched, user_error, warm
@@ -279,12 +301,22 @@ def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any)
         if ranks == 1:
             torch.set_num_threads(threads)
             return program(*args, **kwargs)
-        warm("sklearn.datasets")
+        warm(*(name for name in _SLOW_IMPORTS if find_spec(name.partition(".")[0])))
         try:
             return launch(program, ranks, *args, threads=threads, **kwargs)[0]
         except RankFailed as failure:
             error = user_error(failure)
             raise error from (None if error is not failure else failure.__cause__)
+
+
+def on_folding_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any) -> Any:
+    """As :func:`on_ranks`; one rank alone computes with as many threads as torch would."""
+    from hairpin.run.launch import launched
+
+    if ranks == 1 and not launched():
+        with terminable():
+            return program(*args, **kwargs)
+    return on_ranks(program, ranks, *args, **kwargs)
 
 
 def finish(job: "TrainJob", outcome: "TrainOutcome") -> dict[str, Any]:

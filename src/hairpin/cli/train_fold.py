@@ -1,13 +1,13 @@
 """``hairpin train fold``: train a folding model on structures with alignments."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from hairpin.cli import train
 from hairpin.cli.output import print_json, print_text, say
-from hairpin.errors import RecipeError
+from hairpin.errors import MeshError, RecipeError
 
 if TYPE_CHECKING:
     from hairpin.run.fold_train import FoldJob, FoldTrainResult
@@ -33,8 +33,18 @@ def fold(
     resume: train.Resume = None,
     fallback: train.Fallback = False,
     out: train.RunFolder = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Local ranks to start; default --dap, or torchrun's.")
+    ] = None,
+    dap: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks that split each protein; default all. The rest is dp."),
+    ] = None,
+    product: train.Product = "gather",
+    passing: train.Passing = "gather",
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that make examples; 0 for none beside this one.")
+        int,
+        typer.Option(min=0, help="Processes a rank has to make examples; 0 for none beside it."),
     ] = 1,
     dtype: train.Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, crops and sampling.")] = None,
@@ -45,6 +55,7 @@ def fold(
     """Train a folding model on structures with alignments; prints each protein's Ca-RMSD."""
     train.require_extras(_NEEDS)
     from hairpin.run.fold_train import run_fold_training
+    from hairpin.run.launch import launched
 
     changes = {
         "proteins": tuple(protein) if protein else None,
@@ -63,14 +74,45 @@ def fold(
         fallback=fallback,
         out=out,
         workers=workers,
+        split=Split(
+            train.rank_count(ranks or (None if launched() else dap)), dap, product, passing
+        ),
     )
-    with train.telling_how_to_go_on("fold", job.out_dir), train.terminable():
-        result = run_fold_training(job)
+    with train.telling_how_to_go_on("fold", job.out_dir):
+        result = train.on_folding_ranks(run_fold_training, job.dp * job.dap, job)
+    if result is None:  # under torchrun, on all ranks but the first
+        return
     if json:
         print_json(figures(result))
     else:
         print_text(table(result))
         say(f"checkpoint in {result.checkpoint}, metrics in {result.metrics}")
+
+
+class Split(NamedTuple):
+    """How many ranks there are and how they split the model."""
+
+    ranks: int = 1
+    dap: int | None = None
+    product: str = "gather"
+    passing: str = "gather"
+
+    def settings(self) -> dict[str, Any]:
+        """What a job says of it.
+
+        Raises:
+            MeshError: ``dap`` does not divide the ranks.
+            PlanError: a way that does not exist.
+        """
+        train.require_way(self.product, self.passing)
+        dap = self.ranks if self.dap is None else self.dap
+        if self.ranks % dap:
+            raise MeshError(
+                f"got {self.ranks} ranks and dap={dap}; groups of ranks are equal, so give a --dap "
+                "that divides --ranks"
+            )
+        dp = self.ranks // dap
+        return {"dp": dp, "dap": dap, "product": self.product, "passing": self.passing}
 
 
 def prepare(
@@ -83,14 +125,16 @@ def prepare(
     fallback: bool,
     out: Path | None,
     workers: int,
+    split: Split,
 ) -> "FoldJob":
     """Everything that can be wrong is found here, before a step is spent."""
     from dataclasses import replace
 
     from hairpin.proteins.loader import find_proteins
-    from hairpin.run.fold_train import FoldJob
+    from hairpin.run.fold_train import FoldJob, require_shares
     from hairpin.run.recipes import FoldRecipe, fold_tiny
 
+    shared = split.settings()
     start = train.starting_point(resume, fallback=fallback)
     if start.recipe is not None and "clamped" not in start.recipe:
         raise RecipeError(
@@ -102,6 +146,7 @@ def prepare(
     recipe = train.choose_recipe(
         FoldRecipe, makers, recipe_name, changes, steps=steps, saved=start.recipe
     )
+    require_shares(recipe, shared["dp"])
     last_step = train.last_step_of(recipe, start, steps)
     proteins = find_proteins(data, recipe.proteins)
     return FoldJob(
@@ -112,6 +157,7 @@ def prepare(
         first_step=start.step,
         last_step=last_step,
         workers=workers,
+        **shared,
     )
 
 

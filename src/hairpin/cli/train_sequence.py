@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 _IMAGES = (("sklearn", "scikit-learn", "images"), ("PIL", "pillow", "images"))
 
-Ranks = Annotated[
-    int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
-]
 Dp = Annotated[
     int, typer.Option(min=1, help="Groups of ranks that share out examples; the rest split them.")
 ]
@@ -44,7 +41,7 @@ def llm(
     recipe: Annotated[
         str | None, typer.Option(help="source (the default), tiny, or the checkpoint's.")
     ] = None,
-    ranks: Ranks = None,
+    ranks: train.Ranks = None,
     dp: Dp = 1,
     pp: Annotated[int, typer.Option(min=1, help="Stages that share out the layers.")] = 1,
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share each layer's weights.")] = 1,
@@ -104,7 +101,7 @@ def linear_llm(
     recipe: Annotated[
         str | None, typer.Option(help="source (the default), tiny, or the checkpoint's.")
     ] = None,
-    ranks: Ranks = None,
+    ranks: train.Ranks = None,
     dp: Dp = 1,
     length: Length = None,
     memory: Memory = None,
@@ -146,7 +143,7 @@ def vit(
     recipe: Annotated[
         str | None, typer.Option(help="digits (the default), photos, tiny, or the checkpoint's.")
     ] = None,
-    ranks: Ranks = None,
+    ranks: train.Ranks = None,
     dp: Dp = 1,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of an image's side; of photos alone.")

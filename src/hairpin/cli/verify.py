@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hairpin.cli import train
 from hairpin.cli.output import print_json, print_text, say
 
 if TYPE_CHECKING:
@@ -33,22 +34,27 @@ def fold(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of the oracle's structure module.")
     ] = None,
+    ranks: train.Ranks = None,
+    product: train.Product = "gather",
+    passing: train.Passing = "gather",
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Run DeepMind's own inputs and parameters through our AlphaFold and compare every output."""
     from dataclasses import asdict
 
-    from hairpin.run.verify import shipped
-    from hairpin.run.verify import verify as compare
+    from hairpin.run.verify import shipped, verify_on_ranks
 
-    verdicts = []
-    for path in oracle or shipped():
-        verdict = compare(path, recycles=recycles, layers=layers)
-        verdicts.append(verdict)
-        if not json:
-            print_text("\n".join(_lines(verdict)))
+    count = train.rank_count(ranks)
+    train.require_way(product, passing)
+    how = {"product": product, "passing": passing, "recycles": recycles, "layers": layers}
+    files = oracle or shipped()
+    verdicts = train.on_folding_ranks(verify_on_ranks, count, files, sp=count, **how)
+    if verdicts is None:  # under torchrun, on all ranks but the first
+        return
     if json:
         print_json([{**asdict(v), "passed": v.passed, "checks": _plain(v)} for v in verdicts])
+    else:
+        print_text("\n".join(line for verdict in verdicts for line in _lines(verdict)))
     failed = [verdict.file for verdict in verdicts if not verdict.passed]
     if failed:
         say(f"FAIL: {', '.join(failed)}")
@@ -67,7 +73,9 @@ def _lines(verdict: "Verdict") -> list[str]:
     others = [check for check in verdict.checks if not check.name.startswith("grad/")]
     shown = others + [check for check in gradients if not check.passed]
     width = max((len(check.name) for check in shown), default=0)
-    head = f"{verdict.file}: {verdict.model}, {verdict.recycles} recycles, {verdict.time_s:.1f} s"
+    over = f", over {verdict.ranks} ranks" if verdict.ranks > 1 else ""
+    recycles = f"{verdict.recycles} recycles"
+    head = f"{verdict.file}: {verdict.model}, {recycles}{over}, {verdict.time_s:.1f} s"
     lines = [head, *(_line(check, width) for check in shown)]
     if gradients:
         good = [check for check in gradients if check.passed]

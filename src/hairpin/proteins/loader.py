@@ -5,6 +5,7 @@ alignments (``.a3m``, ``.sto``), and if wanted a folder ``templates`` with struc
 file of the hits. Jumper et al. 2021, Suppl. Sec. 1.2 and 1.10.
 """
 
+import ctypes
 import signal
 import sys
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import Structure, read_structure
 from hairpin.proteins.text import problem
 
+_PR_SET_PDEATHSIG = 1
 _ORDER, _RECYCLES, _DRAW = 1, 2, 3  # what random numbers are for
 _STRUCTURES = (".cif", ".cif.gz", ".pdb", ".pdb.gz")
 _ALIGNMENTS = (".a3m", ".a3m.gz", ".sto", ".sto.gz")
@@ -122,9 +124,7 @@ class Proteins(Dataset[Example]):
         Raises:
             FoldInputError: a file of the protein cannot be used.
         """
-        epoch, place = divmod(number, len(self.proteins))
-        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.proteins))
-        index = int(order[place])
+        index = self.index_of(number)
         of_step = np.random.default_rng([self.seed, _RECYCLES, number // self.ranks])
         recycles = int(of_step.integers(0, self.sizes.recycles + 1))
         rng = np.random.default_rng([self.seed, _DRAW, number])
@@ -138,6 +138,12 @@ class Proteins(Dataset[Example]):
         for batch in batches:
             batch["use_clamped_fape"] = clamped
         return Example(number, self.proteins[index].name, batches)
+
+    def index_of(self, number: int) -> int:
+        """Which protein the example of that number is of."""
+        epoch, place = divmod(number, len(self.proteins))
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.proteins))
+        return int(order[place])
 
     def target(self, index: int) -> Target:
         """A protein with its alignments, templates and labels, read once."""
@@ -203,6 +209,21 @@ def load(
         FoldInputError: on iteration, when a file cannot be used.
     """
     numbers = range(start * data.ranks + rank, stop * data.ranks, data.ranks)
+    return load_numbers(data, numbers, workers=workers, ahead=ahead)
+
+
+def load_numbers(
+    data: Proteins, numbers: Sequence[int], *, workers: int = 2, ahead: int = 2
+) -> DataLoader[Example]:
+    """The examples of these numbers, made ahead of time by other processes.
+
+    Args:
+        workers: processes; 0 makes each example when it is asked for.
+        ahead: examples that each process has ready.
+
+    Raises:
+        FoldInputError: on iteration, when a file cannot be used.
+    """
     return DataLoader(
         data,
         sampler=numbers,
@@ -217,6 +238,8 @@ def _end_quietly(_: int) -> None:
     """In a worker: let the process that reads from it be the one that says why a run ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the reader ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # what it inherited would keep a dead reader's connections open
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     told = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

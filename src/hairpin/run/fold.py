@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hairpin.errors import FoldInputError, MemoryBudgetError, WeightsError
+from hairpin.errors import FoldInputError, MemoryBudgetError, PlanError, WeightsError
 from hairpin.models.alphafold import confidence, presets, weights
 from hairpin.models.alphafold.config import AlphaFoldConfig
 from hairpin.models.alphafold.model import AlphaFold
 from hairpin.models.alphafold.recognise import config_from
 from hairpin.planning.apply import detach, parallelize
+from hairpin.planning.axial.attach import AxialSplit
 from hairpin.planning.budget import Progress
 from hairpin.planning.make import plan
 from hairpin.proteins import metrics
@@ -32,6 +33,7 @@ from hairpin.proteins.structures import Chain
 from hairpin.proteins.write import predicted_chain, write_mmcif, write_pdb
 from hairpin.run.fold_inputs import FoldTarget
 from hairpin.run.memory import measured
+from hairpin.run.steps import over_ranks
 
 Floats = NDArray[np.floating[Any]]
 OnBlock = Callable[[int, int, int], None]
@@ -46,6 +48,11 @@ the parameters of AlphaFold are public but are not part of Hairpin; download
 files: --params params_model_1_ptm.npz for a single chain, params_model_1_multimer_v3.npz for a
 complex. To rehearse without them: --random-weights tiny
 """.strip()
+
+NOT_BOTH = (
+    "a budget of memory and a split over ranks do not go together yet: leave out --memory, for "
+    "more ranks hold less each; or leave out --ranks"
+)
 
 REHEARSAL = "REHEARSAL WITH RANDOM WEIGHTS ({}): the structure and its scores mean nothing"
 
@@ -83,7 +90,7 @@ class Prediction:
         ranking: models are ranked by this: mean pLDDT, or of a complex 0.8 ipTM + 0.2 pTM.
         distances: expected distance ``[i, j]`` in Angstrom by the distogram.
         recycles: times the model ran before the last.
-        peak_bytes: most that tensors took beyond parameters and features.
+        peak_bytes: most that tensors took beyond parameters and features, on any rank.
         rehearsal: not empty where the parameters are random.
     """
 
@@ -194,6 +201,7 @@ def predict(
     seed: int = 0,
     recycles: int | None = None,
     memory: int | str | None = None,
+    split: AxialSplit | None = None,
     device: torch.device | None = None,
     on_block: OnBlock | None = None,
     progress: Progress | None = None,
@@ -203,14 +211,21 @@ def predict(
     Args:
         recycles: times to run before the last; the model's own number if left out.
         memory: bytes that activations may take, as in ``hp.plan``.
+        split: how the model is split over a live mesh, each of whose ranks calls this and gets the
+            whole structure.
         on_block: called with (recycle from 0, blocks done in it, blocks of it) as it runs.
         progress: called with a few words as a plan for ``memory`` is searched.
 
     Raises:
         FoldInputError: the model cannot fold so many chains.
         MemoryBudgetError: ``memory`` cannot be met, or the device has not enough.
+        PlanError: ``memory`` and a split over several ranks, which do not go together.
+        DisagreementError: ranks were given different targets.
     """
     require_fit(model.config, target)
+    several = split is not None and split.plan.ranks > 1
+    if several and memory is not None:
+        raise PlanError(NOT_BOTH)
     device = device or torch.device("cpu")
     network = model.network.to(device)
     times = model.config.recycles if recycles is None else recycles
@@ -227,14 +242,16 @@ def predict(
     with torch.no_grad(), out_of_memory(target, device):
         if memory is not None:
             _keep_under(network, (args, kwargs), memory, progress)
+        elif split is not None and several:
+            parallelize(network, split.plan, split.mesh)
         try:
             with measured(device) as peak, _told(network, on_block):
                 out = network(*args, **kwargs)
         finally:
-            if memory is not None:
-                detach(network)
+            detach(network)
     spent_s = time.perf_counter() - began
-    return prediction_of(model, target, out, seed=seed, time_s=spent_s, peak_bytes=peak.peak_bytes)
+    peaks = [(peak.peak_bytes,)] if split is None else over_ranks(split.mesh, peak.peak_bytes)
+    return prediction_of(model, target, out, seed=seed, time_s=spent_s, peak_bytes=max(peaks)[0])
 
 
 def _keep_under(

@@ -4,6 +4,9 @@ Bytes are counted on fake tensors: the model as it is, with two blocks of each s
 further block holds what the second holds. The counts hold for float32 and torch's CPU kernels; a
 GPU's allocator rounds up and its kernels may take other scratch memory.
 
+Over several ranks the split model runs the same way, as the first of so many ranks, whose part is
+the largest, on a mesh that counts and sends nothing. Counts are then of that rank.
+
 Dims: r residues, s clusters of the MSA, e extra sequences, n sequences, t templates.
 """
 
@@ -20,12 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from hairpin.comm.mesh import Mesh
+from hairpin.comm.rehearsal import RehearsalMesh
 from hairpin.errors import FoldInputError, MemoryBudgetError
 from hairpin.graph.meter import measure
 from hairpin.models.alphafold import presets, weights
 from hairpin.models.alphafold.config import AlphaFoldConfig
+from hairpin.models.alphafold.evoformer import EvoformerStack
 from hairpin.models.alphafold.model import AlphaFold
 from hairpin.models.alphafold.recognise import config_from
+from hairpin.planning.apply import parallelize
+from hairpin.planning.axial.plan import plan_axial
+from hairpin.planning.axial.way import Passing, Product
 from hairpin.proteins.pipeline import monomer_target
 from hairpin.run.fold import STEADY
 from hairpin.run.fold_inputs import FoldTarget, read_fold_target, targets_in
@@ -49,6 +58,8 @@ class Need:
         activation_bytes: most that is alive at once beyond parameters and features.
         feature_bytes: of all recycles.
         flops: multiplications and additions of matrix products, all recycles.
+        ranks: that the model is split over; all these figures are of the first one.
+        sent_bytes: that it sends to the others, all recycles.
     """
 
     residues: int
@@ -59,6 +70,8 @@ class Need:
     feature_bytes: int
     activation_bytes: int
     flops: int
+    ranks: int = 1
+    sent_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -67,8 +80,24 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Over:
+    """The ranks that a model is to be split over.
+
+    Attributes:
+        product, passing: see ``hp.plan_axial``.
+    """
+
+    ranks: int = 1
+    product: Product = "gather"
+    passing: Passing = "gather"
+
+
+ALONE = Over()
+
+
+@dataclass(frozen=True)
 class Device:
-    """Something to fold on.
+    """Something to fold on; each rank has one.
 
     Attributes:
         memory_bytes: that a fold may use.
@@ -113,6 +142,7 @@ def estimate_fold(
     params: Sequence[Path] = (),
     preset: str | None = None,
     recycles: int | None = None,
+    over: Over = ALONE,
     progress: Say | None = None,
 ) -> FoldEstimate:
     """Count what a target takes, and what each known device could take.
@@ -123,6 +153,7 @@ def estimate_fold(
         params: the model is told from the first file.
         preset: else it is this, else model_1_ptm, or for complexes model_1_multimer_v3.
         recycles: the model's own number if left out.
+        over: the ranks to split the model over.
 
     Raises:
         FoldInputError: a file is missing or malformed.
@@ -136,9 +167,9 @@ def estimate_fold(
     times = config.recycles if recycles is None else recycles
     rows = _rows_given(target) if alignments else None
     say(f"counting bytes of {config.name} at {sum(target.lengths)} residues")
-    need = count(config, sum(target.lengths), rows=rows, recycles=times)
-    curve = Curve.of(config, rows=rows, recycles=times, progress=say)
-    devices = [*known_devices(), this_device()]
+    need = count(config, sum(target.lengths), rows=rows, recycles=times, over=over)
+    curve = Curve.of(config, rows=rows, recycles=times, over=over, progress=say)
+    devices = [*known_devices(), this_device(over.ranks)]
     found = tuple(
         Row(
             device=device.name,
@@ -165,6 +196,7 @@ def table(found: FoldEstimate) -> str:
     lines = [
         f"{found.target}: {sizes}, {found.model}, {need.recycles} recycles, float32",
         f"{format_bytes(need.total_bytes)}: {listed}; {need.flops / 1e12:.1f} TFLOP",
+        *_of_ranks(need),
         "",
         f"{'device':<26}{'memory':>12}  {'fits':<6}{'time, estimate':>15}{'longest that fits':>20}",
     ]
@@ -183,6 +215,13 @@ def table(found: FoldEstimate) -> str:
     return "\n".join(lines)
 
 
+def _of_ranks(need: Need) -> list[str]:
+    if need.ranks == 1:
+        return []
+    sent = format_bytes(need.sent_bytes)
+    return [f"on the first of {need.ranks} ranks; it sends {sent}, for which no time is reckoned"]
+
+
 # --------------------------------------------------------------------------------------- counting
 
 
@@ -193,18 +232,20 @@ def count(
     rows: int | None = None,
     recycles: int | None = None,
     with_flops: bool = True,
+    over: Over = ALONE,
 ) -> Need:
     """Count bytes and operations of folding so many residues.
 
     Args:
         rows: sequences of the alignment; as many as the model takes if left out.
+        over: the ranks that the model is split over; the first one's part is counted.
     """
     times = config.recycles if recycles is None else recycles
     batch = _shapes(config, residues, rows)
     held = min(times, STEADY)
-    network = _on_meta(_short(config, STEADY))
     batches = [dict(batch) for _ in range(1 if config.multimer else held + 1)]
     given = batches if len(batches) > 1 else batches[0]
+    network, _ = _network(_short(config, STEADY), over)
     timeline = measure(network, (given,), {"recycles": held}, device=torch.device("cpu"))
     features = _nbytes(batch)
     shared = _nbytes({name: value for name, value in batch.items() if _is_shared(name)})
@@ -217,7 +258,9 @@ def count(
         parameter_bytes=4 * _parameters(config),
         feature_bytes=features + copies * (features - shared),
         activation_bytes=timeline.peak_bytes,
-        flops=(times + 1) * _flops(config, batch) if with_flops else 0,
+        flops=(times + 1) * _flops(config, batch, over) if with_flops else 0,
+        ranks=over.ranks,
+        sent_bytes=(times + 1) * _sent(config, batch, over) if with_flops else 0,
     )
 
 
@@ -237,6 +280,7 @@ class Curve:
         *,
         rows: int | None = None,
         recycles: int | None = None,
+        over: Over = ALONE,
         progress: Say | None = None,
     ) -> "Curve":
         """Count at a few lengths."""
@@ -245,7 +289,7 @@ class Curve:
         for n, residues in enumerate(_NODES, start=1):
             if progress is not None:
                 progress(f"counting bytes at {residues} residues, {n} of {len(_NODES)}")
-            need = count(light, residues, rows=rows, recycles=recycles, with_flops=False)
+            need = count(light, residues, rows=rows, recycles=recycles, with_flops=False, over=over)
             extra = 4 * (_parameters(config) - _parameters(light))
             found.append(need.total_bytes + extra)
         return Curve(_NODES, tuple(found))
@@ -300,6 +344,42 @@ def _on_meta(config: AlphaFoldConfig) -> AlphaFold:
         return AlphaFold(config).eval().requires_grad_(False)
 
 
+def _network(config: AlphaFoldConfig, over: Over) -> tuple[AlphaFold, Mesh]:
+    """The model without storage, split as on the first of some ranks; their mesh, which counts."""
+    network, mesh = _on_meta(config), RehearsalMesh(0, sp=over.ranks)
+    if over.ranks > 1:
+        parallelize(network, plan_axial(mesh, product=over.product, passing=over.passing), mesh)
+    return network, mesh
+
+
+def _sent(config: AlphaFoldConfig, batch: Mapping[str, Tensor], over: Over) -> int:
+    """Bytes that the first rank sends in one run: the blocks of a stack but the last send alike."""
+    if over.ranks == 1:
+        return 0
+    first = {"extra_msa_stack": 0, "evoformer": 0}
+    network, mesh = _network(_short(config, STEADY), over)
+    for stack, module in network.named_children():
+        if stack in first and isinstance(module, EvoformerStack) and len(module.blocks):
+            _watch(module.blocks[0], mesh, first, stack)
+    measure(network, (dict(batch),), {"recycles": 0}, device=torch.device("cpu"))
+    total = mesh.traffic.bytes_sent
+    blocks = {"extra_msa_stack": config.extra_msa_blocks, "evoformer": config.evoformer_blocks}
+    return total + sum(max(blocks[stack] - STEADY, 0) * sent for stack, sent in first.items())
+
+
+def _watch(block: nn.Module, mesh: Mesh, sent: dict[str, int], name: str) -> None:
+    """Note what is sent while a block runs."""
+
+    def before(*_: Any) -> None:
+        sent[name] -= mesh.traffic.bytes_sent
+
+    def after(*_: Any) -> None:
+        sent[name] += mesh.traffic.bytes_sent
+
+    block.register_forward_pre_hook(before)
+    block.register_forward_hook(after)
+
+
 def _parameters(config: AlphaFoldConfig) -> int:
     """Their number; all blocks of a stack are alike."""
     one, two = (
@@ -314,9 +394,20 @@ def _blocks(config: AlphaFoldConfig, blocks: tuple[int, int]) -> AlphaFoldConfig
     return replace(config, evoformer_blocks=blocks[0], extra_msa_blocks=blocks[1])
 
 
-def _flops(config: AlphaFoldConfig, batch: Mapping[str, Tensor]) -> int:
+def _flops(config: AlphaFoldConfig, batch: Mapping[str, Tensor], over: Over = ALONE) -> int:
     """Of one run: counted for one block of each stack, times their number."""
-    network = _on_meta(_blocks(replace(config, recycle_tolerance=None), (1, 1)))
+    one_each = _blocks(replace(config, recycle_tolerance=None), (1, 1))
+    counts = _flops_by_module(_network(one_each, over)[0], batch)
+    total = counts["Global"]
+    blocks = {"extra_msa_stack": config.extra_msa_blocks, "evoformer": config.evoformer_blocks}
+    for stack, number in blocks.items():
+        total += (number - 1) * sum(
+            value for name, value in counts.items() if name.endswith(f".{stack}.blocks.0")
+        )
+    return int(total)
+
+
+def _flops_by_module(network: AlphaFold, batch: Mapping[str, Tensor]) -> dict[str, int]:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
 
@@ -330,14 +421,7 @@ def _flops(config: AlphaFoldConfig, batch: Mapping[str, Tensor]) -> int:
                 return self.network(given, recycles=0)
 
     measure(Counted(), (dict(batch),), device=torch.device("cpu"))
-    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    total = counts["Global"]
-    blocks = {"extra_msa_stack": config.extra_msa_blocks, "evoformer": config.evoformer_blocks}
-    for stack, number in blocks.items():
-        total += (number - 1) * sum(
-            value for name, value in counts.items() if name.endswith(f".{stack}.blocks.0")
-        )
-    return int(total)
+    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -412,16 +496,22 @@ def known_devices() -> list[Device]:
     ]
 
 
-def this_device() -> Device:
-    """This machine's processor: the memory that is free, and its speed at a matrix product."""
+def this_device(ranks: int = 1) -> Device:
+    """This machine's processor: the memory that is free, and its speed at a matrix product.
+
+    Args:
+        ranks: that share it; a rank has its part of both.
+    """
     a = torch.ones(_WARM_SIZE, _WARM_SIZE)
     a @ a
     began = time.perf_counter()
     for _ in range(3):
         a @ a
     rate = 3 * 2 * _WARM_SIZE**3 / (time.perf_counter() - began)
-    name = f"this CPU, {torch.get_num_threads()} threads"
-    return Device(name, free_bytes(torch.device("cpu")), rate * _CPU_EFFICIENCY)
+    threads = f"this CPU, {torch.get_num_threads()} threads"
+    name = threads if ranks == 1 else f"{threads}, {ranks} ranks"
+    free = free_bytes(torch.device("cpu")) // ranks
+    return Device(name, free, rate * _CPU_EFFICIENCY / ranks)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -442,30 +532,65 @@ def free_bytes(device: torch.device) -> int:
 
 
 def require_room(
-    config: AlphaFoldConfig, target: FoldTarget, device: torch.device, *, recycles: int
+    config: AlphaFoldConfig,
+    target: FoldTarget,
+    device: torch.device,
+    *,
+    recycles: int,
+    over: Over = ALONE,
 ) -> None:
     """Raise if a fold would not fit, before the system ends it without a word.
+
+    Args:
+        over: the ranks that the model is split over, which share the device.
 
     Raises:
         MemoryBudgetError: with what it needs, what is free, and the length that would fit.
     """
-    residues, free = sum(target.lengths), free_bytes(device)
+    residues, free = sum(target.lengths), free_bytes(device) // over.ranks
     rows = _rows_given(target)
     if _surely_less(config, residues, rows) <= free:
         return
-    need = count(config, residues, rows=rows, recycles=recycles, with_flops=False)
+    need = count(config, residues, rows=rows, recycles=recycles, with_flops=False, over=over)
     if need.total_bytes <= free:
         return
-    curve = Curve.of(config, rows=rows, recycles=recycles)
+    curve = Curve.of(config, rows=rows, recycles=recycles, over=over)
+    each = "" if over.ranks == 1 else f" for each of {over.ranks} ranks"
     error = MemoryBudgetError(
         f"{target.name}: {residues} residues need {format_bytes(need.total_bytes)} with "
-        f"{config.name}, and {device} has {format_bytes(free)} free, enough for about "
+        f"{config.name}{each}, and {device} has {format_bytes(free)} free{each}, enough for about "
         f"{curve.longest(free)} residues; give a budget such as --memory "
         f"{max(free // 2**30 - 1, 1)}GiB, which runs what is too large in parts, fold the domains "
         "apart, or take a device with more memory (hairpin fold --estimate lists some)"
     )
     error.floor_bytes = need.total_bytes
     raise error
+
+
+def require_room_for_ranks(
+    fasta: Path,
+    alignments: Sequence[Path],
+    over: Over,
+    *,
+    params: Sequence[Path] = (),
+    preset: str | None = None,
+    recycles: int | None = None,
+) -> None:
+    """Raise if ranks that share this machine's memory could not fold a target.
+
+    Args:
+        fasta, alignments: the target.
+        params, preset: the models, as :func:`estimate_fold` takes them.
+
+    Raises:
+        FoldInputError: a file is missing or malformed.
+        MemoryBudgetError: as :func:`require_room`.
+    """
+    target = read_fold_target(fasta, alignments)
+    for one in [[path] for path in params] or [[]]:
+        config = _config(one, preset, several=len(target.chains) > 1)
+        times = config.recycles if recycles is None else recycles
+        require_room(config, target, torch.device("cpu"), recycles=times, over=over)
 
 
 def _surely_less(config: AlphaFoldConfig, residues: int, rows: int) -> int:

@@ -222,6 +222,7 @@ def _rank_main(
     for other in inherited:
         other.close()
     _die_with(work.parent)
+    multiprocessing.current_process().daemon = False  # it may have processes of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the parent, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.__stderr__ is not None:

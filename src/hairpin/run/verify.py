@@ -11,13 +11,17 @@ Angstrom, made as long as 1. That reaches every output. So a multimer's file may
 once more as ``exact/...``, of the same code in double precision, where nothing is left there. These
 are compared, in double precision too, and the pairs of ``out/...`` must be no farther from ours
 than such noise takes ours.
+
+Over several ranks a model runs with its stacks split, and every rank compares the whole outputs,
+losses and gradients. Of single modules the whole blocks are split; the others have no split form of
+their own and run whole on every rank.
 """
 
 import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hairpin.comm.agree import require_agreement
+from hairpin.comm.grads import sync_grads
+from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.errors import DataError
 from hairpin.models.alphafold import weights
 from hairpin.models.alphafold.confidence import plddt
@@ -44,7 +51,13 @@ from hairpin.models.alphafold.msa import (
 from hairpin.models.alphafold.pair import TriangleAttention, TriangleMultiplication
 from hairpin.models.alphafold.primitives import Transition
 from hairpin.models.alphafold.sampling import FirstRows
+from hairpin.planning.apply import parallelize
+from hairpin.planning.axial.attach import AxialSplit
+from hairpin.planning.axial.msa import arrives_along, evoformer_block
+from hairpin.planning.axial.plan import plan_axial
+from hairpin.planning.axial.way import Passing, Product
 
+TIMEOUT_S = 300.0
 RTOL, ATOL = 1e-4, 2e-5
 POSITION = 1e-3  # Angstrom
 GRADIENT = 1e-4  # of the largest of each array
@@ -86,6 +99,7 @@ class Verdict:
     Attributes:
         file: its name; ``model``: the preset its arrays tell; ``recycles``: how often it recycled.
         time_s: how long it took.
+        ranks: that the model was split over.
     """
 
     file: str
@@ -93,6 +107,7 @@ class Verdict:
     recycles: int
     checks: tuple[Check, ...]
     time_s: float
+    ranks: int = 1
 
     @property
     def passed(self) -> bool:
@@ -106,7 +121,43 @@ def shipped() -> list[Path]:
     return sorted(folder.glob("*.npz"))
 
 
-def verify(path: str | Path, *, recycles: int | None = None, layers: int | None = None) -> Verdict:
+def verify_on_ranks(
+    paths: Sequence[Path],
+    *,
+    sp: int = 1,
+    product: Product = "gather",
+    passing: Passing = "gather",
+    recycles: int | None = None,
+    layers: int | None = None,
+) -> list[Verdict]:
+    """Compare our model, split over the ranks that call this, with each oracle file.
+
+    Args:
+        sp: how many they are.
+        product, passing: how the split model's parts meet, see ``hp.plan_axial``.
+        recycles, layers: as :func:`verify` takes them.
+
+    Raises:
+        DisagreementError: the ranks found different errors.
+    """
+    mesh = init_mesh(sp=sp, timeout_s=TIMEOUT_S)
+    split = AxialSplit(plan_axial(mesh, product=product, passing=passing), mesh)
+    verdicts = []
+    for path in paths:
+        verdict = verify(path, recycles=recycles, layers=layers, split=split)
+        errors = ", ".join(f"{check.name} {check.error:.3g}" for check in verdict.checks)
+        require_agreement(f"{verdict.file}: {errors}", mesh, "sp")
+        verdicts.append(verdict)
+    return verdicts
+
+
+def verify(
+    path: str | Path,
+    *,
+    recycles: int | None = None,
+    layers: int | None = None,
+    split: AxialSplit | None = None,
+) -> Verdict:
     """Compare our model with an oracle file.
 
     Args:
@@ -114,30 +165,33 @@ def verify(path: str | Path, *, recycles: int | None = None, layers: int | None 
         recycles: how often the oracle recycled; read off ``out/num_recycles`` or the file's name
             (``..._recycle1.npz``) if left out.
         layers: layers of the oracle's structure module; read off ``traj`` if left out.
+        split: how the model is split over a live mesh, each of whose ranks calls this.
 
     Raises:
         WeightsError: it is no npz file, or its parameters fit no model.
         DataError: nothing tells how often it recycled, or it holds nothing to compare.
     """
     path = Path(path)
+    split = split or AxialSplit(plan_axial(Mesh(sp=1)), Mesh(sp=1))
     start = time.perf_counter()
     with weights.open_npz(path) as file:
         arrays = {name: file[name] for name in file.files}
     if "in/msa" in arrays:
-        checks, model, recycles = list(_module_checks(arrays)), "Evoformer modules", 0
+        checks, model, recycles = list(_module_checks(arrays, split)), "Evoformer modules", 0
     else:
         recycles = _recycles(arrays, path) if recycles is None else recycles
-        checks, model = _model_checks(arrays, recycles, layers)
+        checks, model = _model_checks(arrays, recycles, layers, split)
     if not checks:
         raise DataError(f"{path} holds no output to compare; give an oracle file")
     seconds = time.perf_counter() - start
-    return Verdict(path.name, model, recycles, tuple(checks), seconds)
+    ranks = split.plan.ranks
+    return Verdict(path.name, model, recycles, tuple(checks), seconds, ranks)
 
 
 # ------------------------------------------------------------------------------------ modules
 
 
-def _module_checks(arrays: Mapping[str, np.ndarray]) -> Iterator[Check]:
+def _module_checks(arrays: Mapping[str, np.ndarray], split: AxialSplit) -> Iterator[Check]:
     inputs = {name: torch.from_numpy(arrays[f"in/{name}"]) for name in _INPUTS}
     for name in sorted({name.split("/")[0] for name in arrays} - {"in"}):
         given = {
@@ -149,18 +203,27 @@ def _module_checks(arrays: Mapping[str, np.ndarray]) -> Iterator[Check]:
         module = _module(name, {k.split("/", 1)[1]: v.shape for k, v in given.items()}).eval()
         weights.load_arrays(module, given, source=name, part=part)
         with torch.no_grad():
-            out = _run_module(module, name, inputs)
+            out = _run_module(module, name, inputs, split)
         for suffix, value in out.items():
-            yield _close(f"{name}/out{suffix}", value, arrays[f"{name}/out{suffix}"])
+            array = f"{name}/out{suffix}"
+            yield _close(array, value, arrays[array], note=_where(module, split))
 
 
 _INPUTS = ("msa", "pair", "msa_mask", "pair_mask")
 
 
-def _run_module(module: nn.Module, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _where(module: nn.Module, split: AxialSplit) -> str:
+    if split.plan.ranks == 1:
+        return ""
+    return "split" if isinstance(module, EvoformerBlock) else "whole on every rank"
+
+
+def _run_module(
+    module: nn.Module, name: str, inputs: Mapping[str, Tensor], split: AxialSplit
+) -> dict[str, Tensor]:
     m, z, msa_mask, pair_mask = inputs.values()
     if isinstance(module, EvoformerBlock):
-        m, z = module(m, z, msa_mask, pair_mask)
+        m, z = _run_block(module, m, z, (msa_mask, pair_mask), split)
         return {"/msa": m, "/pair": z}
     if isinstance(module, Transition):
         return {"": module(m if name == "msa_transition" else z)}
@@ -169,6 +232,18 @@ def _run_module(module: nn.Module, name: str, inputs: Mapping[str, Tensor]) -> d
     if isinstance(module, TriangleAttention | TriangleMultiplication):
         return {"": module(z, pair_mask)}
     return {"": module(m, msa_mask)}
+
+
+def _run_block(
+    block: EvoformerBlock, m: Tensor, z: Tensor, masks: tuple[Tensor, Tensor], split: AxialSplit
+) -> tuple[Tensor, Tensor]:
+    """One block, split; unlike a stack of extra blocks it gives its MSA back too."""
+    if split.plan.ranks == 1:
+        return block(m, z, *masks)  # type: ignore[no-any-return]
+    way = split.way(m.shape[1], m.shape[0])
+    m, z = way.part(m, "s r c", arrives_along(block)), way.part(z, "i j c", "j")
+    m, z = evoformer_block(block, m, z, masks, way, leaves="r")
+    return way.whole(m, "s r c", "r").wait(), way.whole(z, "i j c", "j").wait()
 
 
 def _module(name: str, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -215,7 +290,7 @@ def _block_config(shapes: Mapping[str, tuple[int, ...]], *, extra: bool) -> Bloc
 
 
 def _model_checks(
-    arrays: Mapping[str, np.ndarray], recycles: int, layers: int | None
+    arrays: Mapping[str, np.ndarray], recycles: int, layers: int | None, split: AxialSplit
 ) -> tuple[list[Check], str]:
     given = _under(arrays, "param/")
     config = _config(arrays, given, layers)
@@ -230,6 +305,8 @@ def _model_checks(
     exact = _under(arrays, "exact/")
     if exact:
         model.double()
+    if split.plan.ranks > 1:
+        parallelize(model, split.plan, split.mesh)
     trains = "loss" in arrays
     with torch.set_grad_enabled(trains):
         out = model(batch, recycles=recycles)
@@ -242,7 +319,7 @@ def _model_checks(
     if exact:
         checks.append(_noise_check(model, batch, recycles, out, arrays[f"out/{_PAIR}"]))
     if trains:
-        checks += _loss_checks(model, batch, out, wanted, arrays)
+        checks += _loss_checks(model, batch, out, wanted, arrays, mesh=split.mesh)
     checks += [
         Check(name, math.nan, math.nan, "nothing of ours to compare")
         for name in sorted(wanted.keys() - found.keys() - {check.name for check in checks})
@@ -389,6 +466,8 @@ def _loss_checks(
     out: dict[str, Any],
     wanted: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray],
+    *,
+    mesh: Mesh,
 ) -> list[Check]:
     loss, parts = total_loss(model.config, batch, out)
     found = dict(_leaves(parts))
@@ -405,7 +484,7 @@ def _loss_checks(
     if truth:
         if diagonal is not None:
             loss = loss + weight * (diagonal.loss(diagonal.zeros(truth)) - found[aligned])
-        checks += _gradient_checks(model, loss, truth)
+        checks += _gradient_checks(model, loss, truth, mesh)
     return checks
 
 
@@ -414,10 +493,11 @@ def _loss_tolerance(wanted: np.ndarray) -> np.ndarray:
 
 
 def _gradient_checks(
-    model: AlphaFold, loss: Tensor, truth: Mapping[str, np.ndarray]
+    model: AlphaFold, loss: Tensor, truth: Mapping[str, np.ndarray], mesh: Mesh
 ) -> Iterator[Check]:
     model.zero_grad()
     loss.backward()
+    sync_grads(model, mesh)
     grads = {
         name: torch.zeros_like(value) if value.grad is None else value.grad
         for name, value in model.named_parameters()

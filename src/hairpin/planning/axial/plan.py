@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TypeVar, cast, get_args
 
 import torch
@@ -90,6 +91,11 @@ class AxialPlan:
     def degrees(self) -> dict[str, int]:
         """Ranks along each axis."""
         return dict(zip(self.axes, _several(self.degree), strict=True))
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over which a model is split."""
+        return prod(self.degrees.values())
 
     def _check_line(self) -> None:
         if self.product == "grid":
