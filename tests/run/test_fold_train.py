@@ -282,6 +282,7 @@ def test_twenty_steps_of_the_tiny_recipe_are_the_same_on_every_layout(
         assert found == pytest.approx(losses["1-1"], abs=tolerance), name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_on_another_layout(folder, tmp_path, alone):
     job = job_of(folder, tmp_path, last_step=3, recipe=exact(), dap=2, workers=1)
