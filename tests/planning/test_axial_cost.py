@@ -43,7 +43,7 @@ def rehearsed(rank, world, words, *, backward):
 
 def check_counts(backward):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
-    for way in WAYS:
+    for way in WAYS[2::4] if backward else WAYS[::2]:
         words = words_of(way)
         model = stack().requires_grad_(backward)
         hp.parallelize(model, hp.plan_axial(mesh, **words), mesh)

@@ -14,6 +14,7 @@ from hairpin.cli import (
     bench,
     bench_4d,
     bench_attention,
+    bench_axial,
     bench_linear,
     doctor,
     fold,
@@ -55,6 +56,7 @@ app.command("fold")(fold.fold)
 app.command("score")(score.score)
 app.command("profile")(profile.profile)
 bench.app.command("attention")(bench_attention.attention)
+bench.app.command("axial")(bench_axial.axial)
 bench.app.command("linear")(bench_linear.linear)
 bench.app.command("4d")(bench_4d.four_d)
 app.add_typer(bench.app, name="bench")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from hairpin.graph.meter import Meter
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+_UNTOUCHED = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"})
 
 
 class WorkMeter(Meter):
@@ -17,7 +18,7 @@ class WorkMeter(Meter):
 
     Attributes:
         flops: multiplications and additions of matrix products, convolutions and attention.
-        touched_bytes: of all arguments and results of all kernels but views.
+        touched_bytes: of all arguments and results of all kernels but views and new memory.
     """
 
     def __init__(self) -> None:
@@ -33,15 +34,29 @@ class WorkMeter(Meter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif packet.__name__.startswith(_FORWARD):
-            self.flops += _attention_flops(packet.__name__, args)
-        if not func.is_view and torch.Tag.inplace_view not in func.tags:
-            leaves = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-            self.touched_bytes += sum(x.numel() * x.element_size() for x in leaves)
+        flops, touched_bytes = kernel_work(func, args, kwargs or {}, out)
+        self.flops += flops
+        self.touched_bytes += touched_bytes
         return out
+
+
+def kernel_work(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> tuple[float, float]:
+    """Operations and touched bytes of one call of a kernel, as :class:`WorkMeter` counts them."""
+    flops, touched_bytes = 0.0, 0.0
+    if func.namespace == "prim":  # questions to fake tensors, such as for their device
+        return flops, touched_bytes
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+    elif packet.__name__.startswith(_FORWARD):
+        flops = _attention_flops(packet.__name__, args)
+    is_view = func.is_view or torch.Tag.inplace_view in func.tags
+    if not is_view and packet.__name__ not in _UNTOUCHED:
+        leaves = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        touched_bytes = float(sum(x.numel() * x.element_size() for x in leaves))
+    return flops, touched_bytes
 
 
 def _attention_flops(name: str, args: tuple[Any, ...]) -> float:

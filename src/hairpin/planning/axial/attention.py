@@ -41,6 +41,7 @@ def attend(attention: Any, x: Tensor, mask: Tensor, bias: Pending, way: Way) -> 
         layer(x).unflatten(-1, (attention.heads, -1)).transpose(-2, -3)
         for layer in (attention.query, attention.key, attention.value)
     )
+    k, v = k.contiguous(), v.contiguous()  # once: else each part's products keep copies of them
     split, near = (_PATTERN, "q"), (q, k, v, mask)
     found = _with_queries(way).as_it_passes(_attended, bias.wait(), split, near=near, dim=2)
     y = found.transpose(-2, -3).flatten(-2)
