@@ -3,7 +3,7 @@
 A budget at ratio r is ``O + r (P - O)`` for an eager run that peaks at P and puts out O.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -30,7 +30,7 @@ from hairpin.bench.steps import (
     time_ratio,
 )
 from hairpin.bench.zoo import Case, select
-from hairpin.errors import HairpinError, MemoryBudgetError
+from hairpin.errors import HairpinError, MemoryBudgetError, PlanError
 
 RATIOS = (0.5, 0.3, 0.2)
 PARTS = ("table", "longest", "expert", "training", "estimates", "options", "planning")
@@ -76,7 +76,7 @@ def measure(settings: Settings, *, say: Say) -> dict[str, Any]:
         result["summary"] = [asdict(line) for line in summary(rows)]
     if "longest" in settings.parts:
         budget = settings.longest_budget_bytes
-        result["longest"] = [asdict(longest(case, budget, say=say)) for case in chosen]
+        result["longest"] = [asdict(found) for found in _longest_of(chosen, budget, say=say)]
     if "expert" in settings.parts:
         result["expert"] = asdict(expert(rounds=rounds, say=say))
     if "training" in settings.parts:
@@ -255,6 +255,15 @@ class Longest:
     length: int
     gain: float
     note: str = ""
+
+
+def _longest_of(cases: Sequence[Case], budget: int, *, say: Say) -> Iterator["Longest"]:
+    """Of every case that can be planned on shapes; of the others it is said why not."""
+    for case in cases:
+        try:
+            yield longest(case, budget, say=say)
+        except PlanError as error:
+            say(f"{case.title}: none, {error}")
 
 
 def longest(case: Case, budget: int = _TWO_GIB, *, say: Say = lambda _: None) -> Longest:
