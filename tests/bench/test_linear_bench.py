@@ -158,6 +158,7 @@ def test_the_longest_sequence_of_linear_attention_grows_with_the_ranks(monkeypat
         assert row["linear"] >= 0.9
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_of_a_ring_grows_where_keys_are_few(monkeypatch):
     """What one rank does not hold is a kernel's gradient of q before it is added up: 1 of 5."""
     settings = longest.Longest(budget_bytes=6 << 20, ranks=(1, 2, 4), groups=1, head_dim=32)

@@ -104,6 +104,7 @@ def faults() -> list[str]:
 @pytest.mark.skipif(
     find_spec("triton") is None, reason="needs Triton: pip install 'hairpin[triton]'"
 )
+@pytest.mark.slow
 def test_blocks_and_their_gradients_are_those_of_plain_operations():
     path = os.pathsep.join((str(TESTS.parent / "src"), str(TESTS)))
     done = subprocess.run(

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from hairpin.errors import DisagreementError
-from hairpin.planning.axial.way import Way
+from hairpin.planning.axial.way import Line
 from hairpin.run import verify
 from hairpin.run.launch import RankFailure, launch
 
@@ -74,7 +74,7 @@ def test_gradients_that_were_not_averaged_fail(monkeypatch):
 
 
 def test_a_term_that_is_lost_on_its_way_fails(monkeypatch):
-    monkeypatch.setattr(Way, "summed", lambda way, x, _, dim: Lost(x[way.mine(dim)]))
+    monkeypatch.setattr(Line, "summed", lambda way, x, _, dim: Lost(x[way.mine(dim)]))
     for (modules,) in verdicts(2, ["evoformer_modules"]):
         assert failures(modules) == ["evoformer_iteration/out/pair", "extra_msa_iteration/out/pair"]
 

@@ -299,8 +299,12 @@ def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any)
         return result if os.environ["RANK"] == "0" else None
     with terminable():
         if ranks == 1:
+            before = torch.get_num_threads()
             torch.set_num_threads(threads)
-            return program(*args, **kwargs)
+            try:
+                return program(*args, **kwargs)
+            finally:
+                torch.set_num_threads(before)
         warm(*(name for name in _SLOW_IMPORTS if find_spec(name.partition(".")[0])))
         try:
             return launch(program, ranks, *args, threads=threads, **kwargs)[0]
