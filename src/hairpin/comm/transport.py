@@ -63,7 +63,9 @@ class Link:
             a function that waits until all has arrived and all has left.
         """
         if isinstance(self.mesh, RehearsalMesh):
-            return self._rehearsed(self.mesh, sends, what, control=control)
+            rooms = [receives[peer] for peer in self.peers()]
+            held = [_landing(x) for x in rooms if x.numel() and not x.is_contiguous()]
+            return self._rehearsed(self.mesh, sends, held, what=what, control=control)
         tag = _tag(f"{what} {sends[self.rank].dtype}")
         landings: list[tuple[Tensor, Tensor]] = []
         operations: list[dist.P2POp] = []
@@ -73,7 +75,7 @@ class Link:
             if receives[peer].numel():
                 buffer = receives[peer]
                 if not buffer.is_contiguous():
-                    buffer = torch.empty_like(buffer, memory_format=torch.contiguous_format)
+                    buffer = _landing(buffer)
                     landings.append((receives[peer], buffer))
                 operations.append(dist.P2POp(dist.irecv, as_bytes(buffer), None, group, tag, peer))
         for peer in self.peers():
@@ -115,9 +117,15 @@ class Link:
         return finish
 
     def _rehearsed(
-        self, mesh: RehearsalMesh, sends: Sequence[Tensor], what: str, *, control: bool
+        self,
+        mesh: RehearsalMesh,
+        sends: Sequence[Tensor],
+        held: list[Tensor],
+        *,
+        what: str,
+        control: bool,
     ) -> Wait:
-        """Count what would be sent; the receives stay as they are."""
+        """Count what would be sent, and hold what would be held meanwhile."""
         parts = [sends[peer].contiguous() for peer in self.peers()]
         sizes = [part.nbytes for part in parts if part.numel()]
         for size in sizes:
@@ -127,6 +135,7 @@ class Link:
 
         def wait() -> None:
             parts.clear()
+            held.clear()
             awaited()
 
         return wait
@@ -163,6 +172,11 @@ class Link:
             f"({reason}). Look for the first error in the other ranks' output; if ranks are "
             "only slow, raise timeout_s in init_mesh"
         )
+
+
+def _landing(x: Tensor) -> Tensor:
+    """Where something arrives that does not lie in one run."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _tag(what: str) -> int:
