@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hairpin as hp
+from hairpin.planning.blocks import overview
 from planning.looping import WIDE, Block, Calls, looped, pairs, planned
 
 
@@ -83,6 +84,11 @@ def test_equal_blocks_share_their_loops_and_keep_their_own_weights(x):
 )
 def test_blocks_that_differ_in_a_value_are_told_apart(x, kind):
     require_equal(around(kind(0), kind(1), kind(2), function=each), x)
+
+
+def test_a_value_is_not_taken_for_a_tensor_that_lay_where_it_lies(x):
+    model = around(Numbered(0), Numbered(1), Numbered(2), function=each)
+    assert [len(overview(model, ((x,), {})).groups) for _ in range(30)] == [3] * 30
 
 
 def test_a_block_may_return_its_argument(x):

@@ -5,6 +5,7 @@ Each distinct one is run once; a later one that is the same is only counted.
 """
 
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +29,6 @@ from hairpin.errors import HairpinError, PlanError
 from hairpin.graph.meter import Held, Meter
 from hairpin.planning.example import Example, plainly
 
-_SMALL = 64  # elements of a constant that are compared one by one
 _INDEX_NAMES = frozenset(
     {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"}
 )
@@ -412,38 +412,59 @@ def _call_signature(args: Any, kwargs: Any) -> tuple[Any, ...]:
     return (str(spec), tuple(words))
 
 
+class _Constant:
+    """A tensor of the code. Equal to itself, and to one of equal values where both are known."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # kept, so that no other comes to lie where it lay
+        value = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+        self.value = None if value is None or value.device.type == "meta" else value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Constant):
+            return NotImplemented
+        if self.tensor is other.tensor:
+            return True
+        mine, theirs = self.value, other.value
+        if mine is None or theirs is None or mine.dtype != theirs.dtype:
+            return False
+        with _disable_current_modes():
+            return mine.device == theirs.device and torch.equal(mine, theirs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Sequence(TorchDispatchMode):
     """Writes down the operations of one block with the tensors they take, for comparison."""
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         super().__init__()
         self._lines: list[Any] = []
-        self._numbers: dict[int, Any] = {}  # by id; a new tensor at an old id gets a new number
+        self._names: dict[int, tuple[weakref.ref[Tensor], Any]] = {}  # by id, while they live
         self._count = 0
         state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         for name, tensor in state.items():
-            self._numbers[id(tensor)] = name
+            self._name(tensor, name)
         for leaf in tree_flatten((args, kwargs))[0]:
-            if isinstance(leaf, Tensor):
-                self._number(leaf)
+            if isinstance(leaf, Tensor) and self._named(leaf) is None:
+                self._renumber(leaf)
 
-    def _number(self, tensor: Tensor) -> Any:
-        if id(tensor) not in self._numbers:
-            self._renumber(tensor)
-        return self._numbers[id(tensor)]
+    def _name(self, tensor: Tensor, name: Any) -> None:
+        self._names[id(tensor)] = (weakref.ref(tensor), name)
+
+    def _named(self, tensor: Tensor) -> Any:
+        """Its name; None for a new tensor, though it lies where one lay that is gone."""
+        known, name = self._names.get(id(tensor), (lambda: None, None))
+        return name if known() is tensor else None
 
     def _word(self, tensor: Tensor) -> Any:
-        """A tensor's number; what came from nowhere, a constant of the code, with its value."""
-        if id(tensor) in self._numbers:
-            return self._numbers[id(tensor)]
-        constant = tensor.constant if isinstance(tensor, FakeTensor) else tensor
-        if constant is None or constant.device.type == "meta":
-            return ("unknown", id(tensor))
-        return ("constant", constant.tolist() if constant.numel() <= _SMALL else id(tensor))
+        """A tensor's name; what came from nowhere is a constant of the code."""
+        name = self._named(tensor)
+        return _Constant(tensor) if name is None else name
 
     def _renumber(self, tensor: Tensor) -> None:
         self._count += 1
-        self._numbers[id(tensor)] = self._count
+        self._name(tensor, self._count)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
