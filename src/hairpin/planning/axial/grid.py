@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hairpin import kernels
 from hairpin.comm.maps import LinearMap
@@ -27,9 +27,8 @@ from hairpin.comm.transport import Link
 from hairpin.comm.verbs import apply
 from hairpin.layout import shard_offset, shard_size
 from hairpin.planning.axial.moves import Collect, Side, Turn, taken
-from hairpin.planning.axial.recomputed import Job, as_it_passes
 from hairpin.planning.axial.rings import passing, returned
-from hairpin.planning.axial.way import Relay, Use, Way
+from hairpin.planning.axial.way import Relay, Way
 
 BOTH = "ij"  # pairs held along both dims
 
@@ -156,20 +155,8 @@ class Grid(Way):
 
     # ---------------------------------------------------------------------------- what passes by
 
-    def as_it_passes(
-        self,
-        use: Use,
-        x: Tensor,
-        split: tuple[str, str],
-        *,
-        near: Sequence[Tensor],
-        dim: int,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> Tensor:
-        pattern, held = split
-        around = Around(self, held, pattern.split().index(held))
-        job = Job(use, around, dim, self.lengths[held], tuple(parameters))
-        return as_it_passes(job, x, near)
+    def passage(self, held: str, dim: int) -> "Around":
+        return Around(self, held, dim)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hairpin.planning.axial.moves import taken
-from hairpin.planning.axial.way import Use
+
+Use = Callable[..., Tensor]  # (rows, part, *near) to a piece of a result
 
 
 class Passage(Protocol):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from hairpin.comm.eager import eager
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.pending import Pending
-from hairpin.comm.travel import travel
+from hairpin.comm.transport import Link
 from hairpin.comm.verbs import gather, reduce_scatter, scatter, switch
 from hairpin.layout import Layout, shard_offset, shard_size
+from hairpin.planning.axial import rings
+from hairpin.planning.axial.recomputed import Job, Passage, Use, as_it_passes
 
 Product = Literal["gather", "ring", "channels", "grid"]
 Passing = Literal["gather", "ring"]
-Use = Callable[..., Tensor]  # (rows, part, *near) to a piece of a result
 
 
 class Relay(Pending):
@@ -106,6 +107,9 @@ class Way(ABC):
         """Start gathering all parts of ``x`` on every rank, which each may use in its own way."""
 
     @abstractmethod
+    def passage(self, held: str, dim: int) -> Passage:
+        """How parts of a tensor whose dim at index ``dim`` is held along ``held`` pass by."""
+
     def as_it_passes(
         self,
         use: Use,
@@ -125,6 +129,10 @@ class Way(ABC):
             near: what is here already.
             parameters: those that ``use`` has.
         """
+        pattern, held = split
+        passage = self.passage(held, pattern.split().index(held))
+        job = Job(use, passage, dim, self.lengths[held], tuple(parameters))
+        return as_it_passes(job, x, near)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,24 +186,51 @@ class Line(Way):
         layout = self.layout(x, pattern, None).split(dim, self.axis)
         return reduce_scatter(x, layout, self.mesh, wait=False)
 
-    def passing_by(self, x: Tensor, pattern: str, held: str) -> Iterator[tuple[slice, Tensor]]:
-        """Each rank's part of ``x`` and which rows of ``held`` it has: this rank's first."""
-        layout = self.layout(x, pattern, held)
-        for owner, part in travel(x, layout, self.mesh, self.axis):
-            yield self.rows(held, owner), part
+    def passage(self, held: str, dim: int) -> "Ring":
+        return Ring(self, held, dim)
 
-    def as_it_passes(
-        self,
-        use: Use,
-        x: Tensor,
-        split: tuple[str, str],
-        *,
-        near: Sequence[Tensor],
-        dim: int,
-        parameters: Sequence[nn.Parameter] = (),
-    ) -> Tensor:
-        found = {
-            (rows.start, rows.stop): use(rows, part, *near)
-            for rows, part in self.passing_by(x, *split)
-        }  # empty parts too: the backward goes the same way on every rank
-        return torch.cat([found[rows] for rows in sorted(found)], dim)
+
+@dataclass(frozen=True)
+class Ring:
+    """The parts of all ranks of a line, each sent on while it is used.
+
+    Attributes:
+        held: what the tensor is held along; dim: the index of its dim.
+    """
+
+    line: Line
+    held: str
+    dim: int
+
+    @property
+    def link(self) -> Link:
+        """The line's ranks."""
+        return Link(self.line.mesh, self.line.axis)
+
+    def passing(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and part of every rank, this rank's first."""
+        for owner, part in rings.passing(x, self._shape_of(x), self.link):
+            yield self.line.rows(self.held, owner), part
+
+    def returned(self, x: Tensor, term: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """The sum of all ranks' terms of this rank's part."""
+
+        def of(owner: int, part: Tensor) -> Tensor:
+            return term(self.line.rows(self.held, owner), part)
+
+        return rings.returned(x, of, self._shape_of(x), self.link)
+
+    def summed(self, term: Callable[[slice], Tensor], *, like: Tensor) -> Tensor:
+        """The sum of all ranks' terms of this rank's rows; ``like`` has their other dims."""
+
+        def of(owner: int) -> Tensor:
+            return term(self.line.rows(self.held, owner))
+
+        return rings.summed(of, self._shape_of(like), self.link)
+
+    def _shape_of(self, x: Tensor) -> Callable[[int], list[int]]:
+        def shape(owner: int) -> list[int]:
+            rows = self.line.rows(self.held, owner)
+            return [*x.shape[: self.dim], rows.stop - rows.start, *x.shape[self.dim + 1 :]]
+
+        return shape
