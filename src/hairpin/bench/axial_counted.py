@@ -16,14 +16,14 @@ from hairpin.bench.axial_ways import (
     tensor_parallel,
 )
 from hairpin.planning.axial.choose import Manner
-from hairpin.planning.axial.way import Passing, Product
+from hairpin.planning.axial.way import LineProduct, Passing
 
 HEADS = 4  # of triangle attention: no more ranks share them
 
 
 def manners() -> list[Manner]:
     """All of them, in one piece."""
-    return [Manner(*found) for found in product(get_args(Product), get_args(Passing))]
+    return [Manner(*found) for found in product(get_args(LineProduct), get_args(Passing))]
 
 
 def all_methods() -> list[Method]:

@@ -24,12 +24,11 @@ from hairpin.planning.axial.choose import (
 )
 from hairpin.planning.axial.cost import Speeds
 from hairpin.planning.axial.stacks import evoformer_stacks
-from hairpin.planning.axial.way import Passing, Product
+from hairpin.planning.axial.way import LineProduct, Passing, Product
 from hairpin.units import parse_bytes
 
 _LINK = Tier(1e-5, 50e9)  # of the order of GPUs in one host
 _PIECES = (1, 4)  # that are tried
-_LINES: tuple[Product, ...] = ("gather", "ring", "channels")
 
 T = TypeVar("T")
 
@@ -210,7 +209,7 @@ def plan_axial(
     ways = [
         Manner(*way)
         for way in itertools.product(
-            _LINES if product is None else (product,),
+            get_args(LineProduct) if product is None else (product,),
             get_args(Passing) if passing is None else (passing,),
             _PIECES if pieces is None else (pieces,),
             (1,) if chunks is None else (chunks,),

@@ -21,7 +21,8 @@ from hairpin.layout import Layout, shard_offset, shard_size
 from hairpin.planning.axial import rings
 from hairpin.planning.axial.recomputed import Job, Passage, Use, as_it_passes
 
-Product = Literal["gather", "ring", "channels", "grid"]
+LineProduct = Literal["gather", "ring", "channels"]  # on one axis
+Product = Literal[LineProduct, "grid"]
 Passing = Literal["gather", "ring"]
 
 
