@@ -94,7 +94,7 @@ def test_a_folder_goes_on_after_a_bad_target(run, target):
 
 
 def test_an_estimate_needs_no_weights(run, target, monkeypatch):
-    from hairpin.run.fold_estimate import Curve
+    from hairpin.run.fold_count import Curve
 
     curve = Curve((1, 10, 100, 1000), (10**6, 10**7, 10**8, 10**9))
     monkeypatch.setattr(Curve, "of", lambda *_, **__: curve)

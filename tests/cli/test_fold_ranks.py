@@ -143,7 +143,7 @@ def test_a_failure_of_one_rank_ends_all(run, targets, monkeypatch, change, messa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--memory", "1GiB"), "a budget of memory and a split over ranks do not go together yet"),
+        (("--memory", "1 banana"), "'1 banana'"),
         (("--device", "cuda:1"), "--device cuda:1: each of 2 ranks takes a device of its own"),
         (("--device", "cuda", "--ranks", 99), "--device cuda: 99 ranks need as many GPUs"),
         (("--passing", "teleport"), "passing='teleport': write one of gather, ring"),

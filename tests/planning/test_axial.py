@@ -119,6 +119,12 @@ def test_a_stack_is_that_of_one_process(kind, world):
     launch(check_stack, world, stack_case(kind), WAYS[world % 4 :: 4])
 
 
+@pytest.mark.parametrize("kind", ["monomer", "multimer"])
+def test_one_rank_computes_in_chunks(kind):
+    ways = [("gather", "gather", 1, 3), ("ring", "ring", 1, 2)]
+    launch(check_stack, 1, stack_case(kind), ways)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("size", SIZES)

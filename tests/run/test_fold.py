@@ -12,7 +12,8 @@ import hairpin as hp
 from hairpin.errors import FoldInputError, MemoryBudgetError, RecipeError, WeightsError
 from hairpin.models.alphafold import AlphaFold, presets, weights
 from hairpin.planning.axial.attach import AxialSplit
-from hairpin.run import fold_estimate
+from hairpin.planning.axial.plan import AxialPlan
+from hairpin.run import fold_count, fold_estimate
 from hairpin.run.fold import (
     FoldModel,
     digest,
@@ -157,7 +158,7 @@ def test_a_model_for_one_chain_refuses_several(files, tiny):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_budget_is_kept_and_gives_the_same(files, tiny):
+def test_a_budget_below_what_chunks_reach_is_kept_by_loops(files, tiny):
     target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
     whole = predict(tiny, target, recycles=1)
     budget = whole.peak_bytes * 8 // 10
@@ -238,10 +239,10 @@ def test_an_unknown_preset():
 def test_the_count_is_what_a_run_holds(files, tiny):
     """Counted on shapes against measured in the run, and features against the real ones."""
     target = read_fold_target(files / "one.fasta", [files / "one.a3m"])
-    need = fold_estimate.count(tiny.config, len(SEQUENCE), rows=3, recycles=1)
+    need = fold_count.count(tiny.config, len(SEQUENCE), rows=3, recycles=1)
     assert need.activation_bytes == predict(tiny, target, recycles=1).peak_bytes
     assert need.parameter_bytes == 4 * sum(p.numel() for p in tiny.network.parameters())
-    names = fold_estimate._shapes(tiny.config, len(SEQUENCE), 3)
+    names = fold_count.shapes_of(tiny.config, len(SEQUENCE), 3)
     assert set(names) == set(tiny.network.needed_features)
     for batch in features_of(tiny.config, target, 1, 0):
         for name, shape in names.items():
@@ -257,7 +258,7 @@ def test_the_count_holds_for_any_number_of_recycles(tiny, recycles, tmp_path):
     (tmp_path / "one.a3m").write_text(f">query\n{SEQUENCE}\n{rows}")
     target = read_fold_target(tmp_path / "one.fasta", [tmp_path / "one.a3m"])
     deep = len(target.chains[0].alignments[0].letters)
-    need = fold_estimate.count(
+    need = fold_count.count(
         tiny.config, len(SEQUENCE), rows=deep, recycles=recycles, with_flops=False
     )
     assert need.activation_bytes == predict(tiny, target, recycles=recycles).peak_bytes
@@ -280,14 +281,14 @@ def deep_case(folder):
     return config, read_fold_target(folder / "deep.fasta", [folder / "deep.a3m"])
 
 
-def predict_over(config, target, over):
+def predict_over(config, target, over, memory=None):
     """What this rank predicts and has sent."""
     mesh = hp.init_mesh(sp=over.ranks)
-    plan = hp.plan_axial(mesh, product=over.product, passing=over.passing)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = FoldModel("deep", AlphaFold(config).eval().requires_grad_(False))
-    found = predict(model, target, recycles=1, split=AxialSplit(plan, mesh))
+    split = AxialSplit(over, mesh)
+    found = predict(model, target, recycles=1, memory=memory, split=split)
     return found, mesh.traffic.bytes_sent
 
 
@@ -304,18 +305,40 @@ def test_the_count_of_a_split_model_is_what_its_first_rank_holds_and_sends(
     tmp_path, ranks, product, passing
 ):
     config, target = deep_case(tmp_path)
-    over = fold_estimate.Over(ranks, product, passing)
-    need = fold_estimate.count(config, 23, rows=45, recycles=1, over=over)
+    over = AxialPlan(degree=ranks, product=product, passing=passing)
+    need = fold_count.count(config, 23, rows=45, recycles=1, over=over)
     found = launch(predict_over, ranks, config, target, over, timeout_s=200)
     prediction, sent_bytes = found[0]
     assert need.sent_bytes == sent_bytes
     scratch_bytes = need.activation_bytes - prediction.peak_bytes  # of kernels, which no run sees
     assert abs(scratch_bytes) < 0.01 * need.activation_bytes
-    alone = fold_estimate.count(config, 23, rows=45, recycles=1)
+    alone = fold_count.count(config, 23, rows=45, recycles=1)
     assert need.activation_bytes < 0.7 * alone.activation_bytes
     assert need.flops < 0.7 * alone.flops
     assert alone.sent_bytes == 0
     assert {digest(one) for one, _ in found} == {digest(prediction)}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_budget_is_kept_in_chunks(tmp_path, ranks):
+    config, target = deep_case(tmp_path)
+    over = AxialPlan(degree=ranks)
+    whole = fold_count.count(config, 23, rows=45, recycles=1, with_flops=False, over=over)
+    budget = whole.activation_bytes * 9 // 10
+    one, *others = launch(predict_over, ranks, config, target, over, budget, timeout_s=200)
+    assert one[0].peak_bytes <= budget
+    truth, _ = predict_over(config, target, AxialPlan())
+    assert digest(one[0]) == digest(truth)
+    assert all(digest(other) == digest(truth) for other, _ in others)
+
+
+def test_a_budget_that_chunks_do_not_reach(tiny):
+    shapes = fold_count.shapes_of(tiny.config, 17, 3)
+    with pytest.raises(MemoryBudgetError, match=r"17 residues .* each of 2 ranks.*reach") as got:
+        fold_count.within(tiny.config, shapes, 9999, recycles=0, over=AxialPlan(degree=2))
+    least = fold_count.activation_bytes(tiny.config, shapes, recycles=0, over=AxialPlan(degree=2))
+    assert 9999 < got.value.floor_bytes <= least
 
 
 def test_the_count_of_a_complex(files, tiny_multimer):
@@ -323,12 +346,12 @@ def test_the_count_of_a_complex(files, tiny_multimer):
     target = read_fold_target(files / "two.fasta", [files / "one.a3m"])
     (batch,) = features_of(tiny_multimer.config, target, 1, 0)
     rows, residues = batch["msa"].shape
-    names = fold_estimate._shapes(tiny_multimer.config, residues, rows)
+    names = fold_count.shapes_of(tiny_multimer.config, residues, rows)
     assert set(names) == set(tiny_multimer.network.needed_features)
     for name, shape in names.items():
         assert batch[name].shape == shape.shape, name
         assert batch[name].dtype == shape.dtype, name
-    need = fold_estimate.count(tiny_multimer.config, residues, rows=rows, recycles=1)
+    need = fold_count.count(tiny_multimer.config, residues, rows=rows, recycles=1)
     real = predict(tiny_multimer, target, recycles=1)
     assert need.activation_bytes == pytest.approx(real.peak_bytes, rel=0.005)
 
@@ -339,11 +362,11 @@ def test_the_count_of_one_block_of_full_width():
     """At 300 residues with 384 sequences and a recycle, by the profiler of this library."""
     residues, rows = 300, 384
     config = replace(presets.named("model_3_ptm"), evoformer_blocks=1, extra_msa_blocks=1)
-    need = fold_estimate.count(config, residues, rows=rows, recycles=1, with_flops=False)
+    need = fold_count.count(config, residues, rows=rows, recycles=1, with_flops=False)
     network = AlphaFold(config).eval().requires_grad_(False)
     batch = {
         name: torch.ones(shape.shape, dtype=shape.dtype)
-        for name, shape in fold_estimate._shapes(config, residues, rows).items()
+        for name, shape in fold_count.shapes_of(config, residues, rows).items()
     }
     batches = [batch, dict(batch)]
     found = hp.profile(network, ((batches,), {"recycles": 1}), repeats=1)
@@ -356,21 +379,21 @@ def test_the_count_of_one_block_of_full_width():
 def test_the_longest_that_fits_is_near_what_is_counted():
     """Room for exactly so many residues: the cubic finds that length, within 5 %."""
     config = presets.named("model_1_ptm")
-    curve = fold_estimate.Curve.of(config)
+    curve = fold_count.Curve.of(config)
     for residues in (500, 700, 1200, 2000, 3000):
-        need = fold_estimate.count(config, residues, with_flops=False)
+        need = fold_count.count(config, residues, with_flops=False)
         assert curve.longest(need.total_bytes) == pytest.approx(residues, rel=0.05)
 
 
 def test_a_run_surely_takes_less_than_the_quick_bound(tiny):
-    need = fold_estimate.count(tiny.config, 150, rows=60, recycles=1, with_flops=False)
+    need = fold_count.count(tiny.config, 150, rows=60, recycles=1, with_flops=False)
     assert need.total_bytes < fold_estimate._surely_less(tiny.config, 150, 60)
 
 
 def test_flops_grow_by_the_same_with_every_block(tiny):
-    shapes = fold_estimate._shapes(tiny.config, 20, 4)
+    shapes = fold_count.shapes_of(tiny.config, 20, 4)
     two, three, five = (
-        fold_estimate._flops(replace(tiny.config, evoformer_blocks=n), shapes) for n in (2, 3, 5)
+        fold_count._flops(replace(tiny.config, evoformer_blocks=n), shapes) for n in (2, 3, 5)
     )
     assert five - three == 2 * (three - two) > 0
 
@@ -378,11 +401,11 @@ def test_flops_grow_by_the_same_with_every_block(tiny):
 def test_flops_of_attention_are_counted(tiny):
     """Two products of 2 x 3 x 5 x 5 x 4 multiplications and additions each."""
     q = torch.empty(2, 3, 5, 4)
-    assert fold_estimate._attention_flops(q.shape, q.shape, q.shape) == 2 * (2 * 2 * 3 * 5 * 5 * 4)
+    assert fold_count._attention_flops(q.shape, q.shape, q.shape) == 2 * (2 * 2 * 3 * 5 * 5 * 4)
 
 
 def test_the_table_says_what_fits():
-    need = fold_estimate.Need(100, 508, 920, 3, 2**20, 2**20, 2**30, 10**13)
+    need = fold_count.Need(100, 508, 920, 3, 2**20, 2**20, 2**30, 10**13)
     rows = (
         fold_estimate.Row("big", 2**40, True, 12.0, 5000),
         fold_estimate.Row("small", 2**20, False, 99.0, 7),
@@ -398,16 +421,16 @@ def test_the_table_says_what_fits():
 
 def test_the_curve_goes_through_a_cubic():
     lengths = (10, 20, 40, 80)
-    curve = fold_estimate.Curve(lengths, tuple(7 + 3 * n + 2 * n**2 + n**3 for n in lengths))
+    curve = fold_count.Curve(lengths, tuple(7 + 3 * n + 2 * n**2 + n**3 for n in lengths))
     assert curve.at(60) == pytest.approx(7 + 180 + 7200 + 216000)
     assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3) == 55
     assert curve.longest(7 + 3 * 55 + 2 * 55**2 + 55**3 - 1) == 54
 
 
 def test_ranks_share_the_room_of_a_machine(files, monkeypatch):
-    over = fold_estimate.Over(3, "ring", "ring")
-    curve = fold_estimate.Curve((1, 10, 100, 1000), (10**6, 10**7, 10**8, 10**9))
-    monkeypatch.setattr(fold_estimate.Curve, "of", lambda *_, **__: curve)
+    over = AxialPlan(degree=3, product="ring", passing="ring")
+    curve = fold_count.Curve((1, 10, 100, 1000), (10**6, 10**7, 10**8, 10**9))
+    monkeypatch.setattr(fold_count.Curve, "of", lambda *_, **__: curve)
     monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 3 * 10**5)
     given = (files / "one.fasta", [files / "one.a3m"])
     with pytest.raises(MemoryBudgetError, match=r"for each of 3 ranks, and cpu has 97\.66 KiB"):
@@ -419,7 +442,7 @@ def test_ranks_share_the_room_of_a_machine(files, monkeypatch):
 def test_no_room_is_an_error_with_what_would_fit(files, tiny, monkeypatch):
     target = read_fold_target(files / "one.fasta")
     monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 2**18)
-    monkeypatch.setattr(fold_estimate, "_NODES", (16, 24, 32, 48))
+    monkeypatch.setattr(fold_count, "_NODES", (16, 24, 32, 48))
     with pytest.raises(MemoryBudgetError, match=r"17 residues need .* about \d+ res") as got:
         fold_estimate.require_room(tiny.config, target, torch.device("cpu"), recycles=1)
     assert got.value.floor_bytes > 2**18
@@ -436,6 +459,6 @@ def test_the_table_of_devices():
 
 def test_presets_have_shapes_for_the_features_they_need():
     for config in (presets.tiny(), presets.tiny(multimer=True), presets.model_3()):
-        network = fold_estimate._on_meta(fold_estimate._short(config, 1))
-        names = fold_estimate._shapes(config, 10, None)
+        network = fold_count._on_meta(fold_count._short(config, 1))
+        names = fold_count.shapes_of(config, 10, None)
         assert set(network.needed_features) <= set(names)

@@ -11,14 +11,14 @@ import typer
 
 from hairpin.cli import train
 from hairpin.cli.output import command_line, print_json, print_text, say
-from hairpin.errors import HairpinError, PlanError, RecipeError, WeightsError
+from hairpin.errors import HairpinError, RecipeError, WeightsError
 
 if TYPE_CHECKING:
     import torch
 
     from hairpin.planning.axial.attach import AxialSplit
+    from hairpin.planning.axial.plan import AxialPlan
     from hairpin.run.fold import FoldModel, Prediction
-    from hairpin.run.fold_estimate import Over
     from hairpin.run.fold_inputs import FoldTarget
 
 _TIMEOUT_S = 3600.0  # that the others wait while the first rank writes and relaxes
@@ -46,11 +46,12 @@ class Wishes:
     passing: str
 
     @property
-    def over(self) -> "Over":
-        """The ranks to split a model over."""
-        from hairpin.run.fold_estimate import Over
+    def split(self) -> "AxialPlan":
+        """How to split a model over the ranks."""
+        from hairpin.planning.axial.plan import AxialPlan
 
-        return Over(self.ranks, self.product, self.passing)  # type: ignore[arg-type]
+        kinds: dict[str, Any] = {"product": self.product, "passing": self.passing}
+        return AxialPlan(degree=self.ranks, **kinds)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def fold(
             _estimate(target, wishes, json=json)
         return
     _check(wishes)
-    if wishes.ranks > 1 and not target.is_dir():
+    if wishes.ranks > 1 and wishes.memory is None and not target.is_dir():
         _check_room(target, wishes)
     out = out or Path(f"fold_{target.stem or 'targets'}")
     work = _fold_folder if target.is_dir() else _fold_alone
@@ -181,10 +182,6 @@ def _check_ranks(wishes: Wishes) -> None:
     """Refuse what several ranks cannot do."""
     if wishes.ranks == 1:
         return
-    if wishes.memory is not None:
-        from hairpin.run.fold import NOT_BOTH
-
-        raise PlanError(NOT_BOTH)
     if wishes.device not in _OF_RANKS:
         raise RecipeError(
             f"--device {wishes.device}: each of {wishes.ranks} ranks takes a device of its own; "
@@ -216,7 +213,7 @@ def _check_room(fasta: Path, wishes: Wishes) -> None:
     require_room_for_ranks(
         fasta,
         wishes.alignments,
-        wishes.over,
+        wishes.split,
         params=wishes.params,
         preset=wishes.random_weights,
         recycles=wishes.recycles,
@@ -287,15 +284,13 @@ def _on_rank(
     """One rank's part; the first has the results."""
     from hairpin.comm.mesh import init_mesh
     from hairpin.planning.axial.attach import AxialSplit
-    from hairpin.planning.axial.plan import plan_axial
     from hairpin.run.device import device_of
 
     several = wishes.ranks > 1
     kind = wishes.device if several and wishes.device != "auto" else None
     mesh = init_mesh(sp=wishes.ranks, timeout_s=_TIMEOUT_S, device_type=kind)
-    plan = plan_axial(mesh, product=wishes.product, passing=wishes.passing)  # type: ignore[arg-type]
     device = device_of(mesh) if several else pick_device(wishes.device)
-    crew = Crew(AxialSplit(plan, mesh), device)
+    crew = Crew(AxialSplit(wishes.split, mesh), device)
     results = work(target, out, wishes, crew)
     return results if crew.first else None
 
@@ -566,14 +561,14 @@ def _estimate(target: Path, wishes: Wishes, *, json: bool) -> None:
     from hairpin.run.fold_estimate import estimate_fold, table
 
     train.require_way(wishes.product, wishes.passing)
-
     found = estimate_fold(
         target,
         wishes.alignments,
         params=wishes.params,
         preset=wishes.random_weights,
         recycles=wishes.recycles,
-        over=wishes.over,
+        over=wishes.split,
+        memory=wishes.memory,
         progress=say,
     )
     if json:

@@ -6,7 +6,7 @@ Dims: r, i, j residues of all chains, one after another.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hairpin.errors import FoldInputError, MemoryBudgetError, PlanError, WeightsError
+from hairpin.comm.mesh import Mesh
+from hairpin.errors import FoldInputError, MemoryBudgetError, WeightsError
 from hairpin.models.alphafold import confidence, presets, weights
 from hairpin.models.alphafold.config import AlphaFoldConfig
 from hairpin.models.alphafold.model import AlphaFold
@@ -31,15 +32,13 @@ from hairpin.proteins.pipeline import Batch, monomer_features, multimer_features
 from hairpin.proteins.sizes import Sizes
 from hairpin.proteins.structures import Chain
 from hairpin.proteins.write import predicted_chain, write_mmcif, write_pdb
+from hairpin.run.fold_count import ALONE, within
 from hairpin.run.fold_inputs import FoldTarget
 from hairpin.run.memory import measured
 from hairpin.run.steps import over_ranks
 
 Floats = NDArray[np.floating[Any]]
 OnBlock = Callable[[int, int, int], None]
-
-STEADY = 2
-"""Recycles, or blocks of a stack, after which more of them hold no more memory."""
 
 DOWNLOAD = """
 the parameters of AlphaFold are public but are not part of Hairpin; download
@@ -48,11 +47,6 @@ the parameters of AlphaFold are public but are not part of Hairpin; download
 files: --params params_model_1_ptm.npz for a single chain, params_model_1_multimer_v3.npz for a
 complex. To rehearse without them: --random-weights tiny
 """.strip()
-
-NOT_BOTH = (
-    "a budget of memory and a split over ranks do not go together yet: leave out --memory, for "
-    "more ranks hold less each; or leave out --ranks"
-)
 
 REHEARSAL = "REHEARSAL WITH RANDOM WEIGHTS ({}): the structure and its scores mean nothing"
 
@@ -210,7 +204,8 @@ def predict(
 
     Args:
         recycles: times to run before the last; the model's own number if left out.
-        memory: bytes that activations may take, as in ``hp.plan``.
+        memory: bytes that activations may take, as in ``hp.plan``; those of each rank, which is
+            split in more chunks where they would not suffice.
         split: how the model is split over a live mesh, each of whose ranks calls this and gets the
             whole structure.
         on_block: called with (recycle from 0, blocks done in it, blocks of it) as it runs.
@@ -219,13 +214,9 @@ def predict(
     Raises:
         FoldInputError: the model cannot fold so many chains.
         MemoryBudgetError: ``memory`` cannot be met, or the device has not enough.
-        PlanError: ``memory`` and a split over several ranks, which do not go together.
         DisagreementError: ranks were given different targets.
     """
     require_fit(model.config, target)
-    several = split is not None and split.plan.ranks > 1
-    if several and memory is not None:
-        raise PlanError(NOT_BOTH)
     device = device or torch.device("cpu")
     network = model.network.to(device)
     times = model.config.recycles if recycles is None else recycles
@@ -240,10 +231,10 @@ def predict(
         kwargs["generator"] = torch.Generator(device).manual_seed(seed)
     began = time.perf_counter()
     with torch.no_grad(), out_of_memory(target, device):
-        if memory is not None:
-            _keep_under(network, (args, kwargs), memory, progress)
-        elif split is not None and several:
-            parallelize(network, split.plan, split.mesh)
+        if split is not None and split.plan.ranks > 1:
+            _split_within(network, batches[0], times, split, memory)
+        elif memory is not None:
+            _keep_under(network, (args, kwargs), batches[0], memory, progress)
         try:
             with measured(device) as peak, _told(network, on_block):
                 out = network(*args, **kwargs)
@@ -255,15 +246,39 @@ def predict(
 
 
 def _keep_under(
-    network: AlphaFold, call: tuple[Any, Any], memory: int | str, progress: Progress | None
+    network: AlphaFold,
+    call: tuple[Any, dict[str, Any]],
+    batch: Batch,
+    memory: int | str,
+    progress: Progress | None,
 ) -> None:
-    """Attach a plan for a budget, made for exactly this call."""
+    """Keep a call within a budget: in chunks of rows, which are counted in seconds, or in loops."""
+    with suppress(MemoryBudgetError):
+        recycles = call[1]["recycles"]
+        chunked = within(network.config, _shapes(batch), memory, recycles=recycles, over=ALONE)
+        if chunked != ALONE:
+            parallelize(network, chunked, Mesh(sp=1))
+        return
     config = network.config
     network.config = replace(config, recycle_tolerance=None)  # shapes alone never converge
     try:
         parallelize(network, plan(network, call, memory=memory, progress=progress))
     finally:
         network.config = config
+
+
+def _split_within(
+    network: AlphaFold, batch: Batch, recycles: int, split: AxialSplit, memory: int | str | None
+) -> None:
+    """Split a model over ranks, in as many chunks as a budget asks for."""
+    plan = split.plan
+    if memory is not None:
+        plan = within(network.config, _shapes(batch), memory, recycles=recycles, over=plan)
+    parallelize(network, plan, split.mesh)
+
+
+def _shapes(batch: Batch) -> Batch:
+    return {name: x.to("meta") for name, x in batch.items()}
 
 
 def features_of(

@@ -49,7 +49,7 @@ def turned_rows(rows: Rows, length: int, turn: tuple[str, str, str], way: Way) -
     """
     pieces = 1 if way.passing == "ring" else max(way.pieces, way.chunks)
     if not isinstance(way, Line) or pieces == 1 or way.degree == 1:
-        return way.turn(rows(slice(0, length)), *turn).wait()
+        return way.turn(_at_once(rows, length, way), *turn).wait()
     _, src, _ = turn
     sizes = [
         [shard_size(held, pieces, piece) for held in shard_sizes(way.lengths[src], way.degree)]
@@ -64,6 +64,19 @@ def turned_rows(rows: Rows, length: int, turn: tuple[str, str, str], way: Way) -
             coming.append(piece.turn(x, *turn))
     parts = [pending.wait().split(lengths) for pending, lengths in zip(coming, sizes, strict=True)]
     return torch.cat([part[rank] for rank in range(way.degree) for part in parts])
+
+
+def _at_once(rows: Rows, length: int, way: Way) -> Tensor:
+    """All rows, to be turned together: in chunks, unless they meet what passes by."""
+    if way.chunks == 1 or (way.passing == "ring" and way.degree > 1):
+        return rows(slice(0, length))
+    with same_draws() as again:
+
+        def drawn(part: slice) -> Tensor:
+            again()
+            return rows(part)
+
+        return by_rows(drawn, length, way)
 
 
 def _parts(length: int, count: int) -> list[slice]:
