@@ -33,11 +33,6 @@ def measured(settings: bench.Settings) -> tuple[dict, list[str]]:
     return json.loads(json.dumps(bench.measure(settings, say=said.append))), said
 
 
-def without_a_network(monkeypatch) -> None:
-    monkeypatch.setattr(bench, "why_not", lambda: "no tools")
-    monkeypatch.setitem(bench.open_network.__globals__, "why_not", lambda: "no tools")
-
-
 def check_case(case: dict) -> None:
     methods = {row["method"] for row in case["methods"]}
     assert {"ulysses, contiguous", "ring, contiguous", "all gather, contiguous"} <= methods
@@ -68,8 +63,8 @@ def test_on_two_tiers():
     assert set(run["overlap"]["forward"]) >= {"serial_over_ring", "hidden"}
 
 
-def test_over_the_loopback(monkeypatch):
-    without_a_network(monkeypatch)
+@pytest.mark.usefixtures("_no_network")
+def test_over_the_loopback():
     result, said = measured(SMALL)
     assert "kernels sleep as a device of 1 GFLOP/s" in said[0]
     assert "rates are NOT limited" in said[1]
@@ -82,8 +77,8 @@ def test_over_the_loopback(monkeypatch):
     assert result["accuracy"]["payload_exact"]
 
 
+@pytest.mark.usefixtures("_no_network")
 def test_a_peer_that_cannot_run_is_a_row(monkeypatch):
-    without_a_network(monkeypatch)
     monkeypatch.setattr(attention_peers.importlib.util, "find_spec", lambda name: None)
     result, _ = measured(bench.replace(SMALL, groups=(4,), masks=("full",)))
     absent = result["runs"][0]["cases"][0]["absent"]
@@ -91,8 +86,8 @@ def test_a_peer_that_cannot_run_is_a_row(monkeypatch):
     assert "pip install --no-deps ring-flash-attn" in absent["ring-flash-attention"]
 
 
-def test_real_kernels_say_so(monkeypatch):
-    without_a_network(monkeypatch)
+@pytest.mark.usefixtures("_no_network")
+def test_real_kernels_say_so():
     settings = bench.replace(
         SMALL, virtual_flops_per_s=None, groups=(4,), masks=("full",), peers=()
     )
@@ -135,8 +130,8 @@ def test_what_is_hidden_by_hand():
     assert bench.hidden_part(9.0, 14.0, 8.0, 4, backward=True) == 1.0
 
 
-def test_the_command_prints_tables_and_writes_json(tmp_path, monkeypatch):
-    without_a_network(monkeypatch)
+@pytest.mark.usefixtures("_no_network")
+def test_the_command_prints_tables_and_writes_json(tmp_path):
     sizes = ["--ranks", "2", "--length", "64", "--heads", "2", "--groups", "2", "--head-dim", "8"]
     arguments = ["bench", "attention", *sizes, "--masks", "causal", "--rounds", "1"]
     done = CliRunner().invoke(

@@ -22,12 +22,6 @@ SMALL = bench.Settings(
 WEIGHTS = 2 * 256 * 128 + 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128
 
 
-@pytest.fixture
-def _no_network(monkeypatch):
-    monkeypatch.setattr(bench, "why_not", lambda: "no tools")
-    monkeypatch.setitem(bench.open_network.__globals__, "why_not", lambda: "no tools")
-
-
 @pytest.fixture(scope="module")
 def small():
     """The result, as it comes back from JSON, and what was said."""

@@ -33,12 +33,6 @@ def measured(settings: bench.Settings) -> tuple[dict, list[str]]:
     return json.loads(json.dumps(bench.measure(settings, say=said.append))), said
 
 
-@pytest.fixture
-def _no_network(monkeypatch):
-    monkeypatch.setattr(bench, "why_not", lambda: "no tools")
-    monkeypatch.setitem(bench.open_network.__globals__, "why_not", lambda: "no tools")
-
-
 def by_method(case: dict) -> dict[str, dict]:
     return {row["method"]: row for row in case["methods"]}
 

@@ -49,13 +49,8 @@ def test_on_an_emulated_network(tmp_path):
         draw_speedups(result, tmp_path / "absent" / "curve.png")
 
 
-def test_over_the_loopback(monkeypatch):
-    for module in (sp2d, sp2d.open_network.__globals__):
-        reason = lambda: "no tools"  # noqa: E731
-        if isinstance(module, dict):
-            monkeypatch.setitem(module, "why_not", reason)
-        else:
-            monkeypatch.setattr(module, "why_not", reason)
+@pytest.mark.usefixtures("_no_network")
+def test_over_the_loopback():
     result, said = measured(SMALL)
     assert [run["rate"] for run in result["runs"]] == ["unlimited"]
     assert "rates are NOT limited" in said[0]

@@ -18,13 +18,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hairpin.bench import links
 from hairpin.bench.attention_peers import PEERS, Attend, Peer
 from hairpin.bench.measure import Sample, combine, join, machine, sample
-from hairpin.bench.network import Wire, open_network, why_not
+from hairpin.bench.network import Wire, emulated_rates, network_note, open_network
 from hairpin.bench.virtual import virtual_attention
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.topology import Topology, Work
-from hairpin.comm.transport import Link, Wait
+from hairpin.comm.transport import Link
 from hairpin.exchange.api import attention
 from hairpin.exchange.call import Level
 from hairpin.exchange.mask import Mask
@@ -90,24 +91,20 @@ def measure(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]
     Raises:
         UnitError: a rate that cannot be read.
     """
-    rates = {rate: parse_rate(rate) for rate in settings.rates}
-    inner = parse_rate(settings.inner_rate)
-    if why_not() is not None:
-        rates = {"unlimited": None}
+    rates, inner = emulated_rates(settings.rates), parse_rate(settings.inner_rate)
     say(_compute_in_words(settings))
-    note, runs, described = "", [], machine()
+    described, note = machine(), network_note()
     warm("torch.distributed.tensor.experimental._context_parallel._attention")
+    say(note)
+    runs = []
     for rate, rate_bits_per_s in rates.items():
+        say(f"{rate}: {len(settings.groups) * len(settings.masks)} cases")
         with open_network(
             settings.ranks,
             rate_bits_per_s=rate_bits_per_s,
             hosts=settings.hosts,
             inner_rate_bits_per_s=inner if settings.hosts else None,
         ) as wire:
-            if not note:
-                note = wire.note
-                say(note)
-            say(f"{rate}: {len(settings.groups) * len(settings.masks)} cases")
             ranks = launch(_run_rank, settings.ranks, wire, settings)
         runs.append({"rate": rate, "rate_bits_per_s": rate_bits_per_s, **_summary(ranks)})
     return {
@@ -321,35 +318,13 @@ def _attend_by(split: SequenceSplit, mask: Mask) -> Attend:
 class _SerialLink(Link):
     """A link whose transfers are awaited where they are started."""
 
-    def exchange(
-        self,
-        sends: Sequence[Tensor],
-        receives: Sequence[Tensor],
-        *,
-        what: str,
-        control: bool = False,
-    ) -> Wait:
-        super().exchange(sends, receives, what=what, control=control)()
-        return _nothing
+    exchange = links.at_once
 
 
 class _NoLink(Link):
     """A link that moves nothing: what is left is the work."""
 
-    def exchange(
-        self,
-        sends: Sequence[Tensor],
-        receives: Sequence[Tensor],
-        *,
-        what: str,
-        control: bool = False,
-    ) -> Wait:
-        del sends, receives, what, control
-        return _nothing
-
-
-def _nothing() -> None:
-    """A transfer that is done."""
+    exchange = links.none
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hairpin.bench.axial_peers import TensorParallel, fastfold_block
+from hairpin.bench.links import at_once, none
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.rehearsal import RehearsalMesh, Sent
 from hairpin.comm.rehearsal import Work as Done
-from hairpin.comm.transport import Link, Wait
+from hairpin.comm.transport import Link
 from hairpin.models.alphafold import presets
 from hairpin.models.alphafold.evoformer import EvoformerBlock
 from hairpin.planning.axial.choose import Manner
@@ -199,42 +200,8 @@ def linked(links: Links) -> Iterator[None]:
     if links == "as they are":
         yield
         return
-    with patch.object(Link, "exchange", _EXCHANGES[links]):
+    with patch.object(Link, "exchange", at_once if links == "at once" else none):
         yield
-
-
-_exchange = Link.exchange
-
-
-def _at_once(
-    self: Link,
-    sends: Sequence[Tensor],
-    receives: Sequence[Tensor],
-    *,
-    what: str,
-    control: bool = False,
-) -> Wait:
-    _exchange(self, sends, receives, what=what, control=control)()
-    return _nothing
-
-
-def _none(
-    self: Link,
-    sends: Sequence[Tensor],
-    receives: Sequence[Tensor],
-    *,
-    what: str,
-    control: bool = False,
-) -> Wait:
-    del self, sends, receives, what, control
-    return _nothing
-
-
-def _nothing() -> None:
-    """Done already."""
-
-
-_EXCHANGES = {"at once": _at_once, "none": _none}
 
 
 # ------------------------------------------------------------------------------------ rehearsed

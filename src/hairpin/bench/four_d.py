@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hairpin.bench.measure import Figures, Sample, combine, join, machine, sample
-from hairpin.bench.network import Loopback, Wire, open_network, why_not
+from hairpin.bench.network import Loopback, Wire, emulated_rates, network_note, open_network
 from hairpin.bench.virtual import virtual_attention, virtual_products
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.errors import HairpinError, MeshError
@@ -173,29 +173,24 @@ def measure(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]
     layouts = [read_layout(text) for text in settings.layouts or usual_layouts(settings.ranks)]
     refused = {layout.name: layout.refusal(settings) for layout in layouts}
     layouts = [layout for layout in layouts if refused[layout.name] is None]
-    rates = {rate: parse_rate(rate) for rate in settings.rates}
-    inner = parse_rate(settings.inner_rate)
-    if why_not() is not None:
-        rates = {"unlimited": None}
-    described = machine()
+    rates, inner = emulated_rates(settings.rates), parse_rate(settings.inner_rate)
+    described, note = machine(), network_note()
     warm()
     text = Text(standard_library("train"), settings.length, seed=settings.recipe.seed)
     say(f"one process, and {len(layouts)} layouts that have to give its losses")
     alone = launch(_count_rank, 1, Loopback(), settings, [Layout((("sp", 1),))], text)[0][0]
     counted = launch(_count_rank, settings.ranks, Loopback(), settings, layouts, text)
     say(_compute_in_words(settings))
-    note, runs = "", []
+    say(note)
+    runs = []
     for rate, rate_bits_per_s in rates.items():
+        say(f"timing at {rate}")
         with open_network(
             settings.ranks,
             rate_bits_per_s=rate_bits_per_s,
             hosts=settings.hosts,
             inner_rate_bits_per_s=inner if settings.hosts else None,
         ) as wire:
-            if not note:
-                note = wire.note
-                say(note)
-            say(f"timing at {rate}")
             timed = launch(_time_rank, settings.ranks, wire, settings, layouts, text)
         runs.append({"rate": rate, "layouts": _timed_rows(layouts, timed)})
     return {

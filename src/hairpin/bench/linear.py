@@ -17,7 +17,7 @@ from torch import Tensor
 from hairpin.bench.linear_peers import Attend, Lasp
 from hairpin.bench.longest import Longest, find_longest
 from hairpin.bench.measure import Sample, combine, join, machine, sample
-from hairpin.bench.network import Wire, open_network, why_not
+from hairpin.bench.network import Wire, emulated_rates, network_note, open_network
 from hairpin.bench.virtual import virtual_linear_attention
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.transport import Link
@@ -27,7 +27,6 @@ from hairpin.kernels.linear_attention import linear_attention as attend_whole
 from hairpin.kernels.linear_attention import summarize
 from hairpin.layout import shard_offset, shard_size
 from hairpin.run.launch import launch, warm
-from hairpin.units import parse_rate
 
 AXIS = "sp"
 PARTS = ("speed", "longest")
@@ -88,7 +87,7 @@ def measure(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]
         "machine": machine(),
         "settings": asdict(settings),
     }
-    rates = {rate: parse_rate(rate) for rate in settings.rates}
+    rates = emulated_rates(settings.rates)
     warm()
     if "speed" in settings.parts:
         result |= _speed(settings, rates, say)
@@ -100,17 +99,13 @@ def measure(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]
 def _speed(
     settings: Settings, rates: Mapping[str, float | None], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    if why_not() is not None:
-        rates = {"unlimited": None}
     say(_compute_in_words(settings))
-    note, runs = "", []
+    note, runs = network_note(), []
+    say(note)
     for size in settings.ranks:
         for rate, rate_bits_per_s in rates.items():
+            say(f"{size} ranks, {rate}: lengths {', '.join(map(str, settings.lengths))}")
             with open_network(size, rate_bits_per_s=rate_bits_per_s) as wire:
-                if not note:
-                    note = wire.note
-                    say(note)
-                say(f"{size} ranks, {rate}: lengths {', '.join(map(str, settings.lengths))}")
                 ranks = launch(_run_rank, size, wire, settings)
             cases = [
                 _summary([rank[i] for rank in ranks], settings, length)

@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,7 @@ from typing import Protocol, Self
 
 from hairpin.errors import HairpinError
 from hairpin.layout import shard_sizes
+from hairpin.units import parse_rate
 
 _CLONE_NEWNET = 0x40000000
 _LINK = "wire0"  # name of every rank's interface, inside its own namespace
@@ -50,6 +51,7 @@ _PACKET_BYTES = 32768  # largest packet handed to a link, and the token bucket's
 _QUEUE_BYTES = 1 << 25  # deep enough that nothing is dropped: TCP's windows are smaller
 _WINDOW_BYTES = 1 << 17  # that a rank of a host may have on the way to another
 _MAX_RANKS = 250
+_NOTE = "ranks in network namespaces, bytes counted by their interfaces"
 
 
 class NetworkError(HairpinError, RuntimeError):
@@ -115,7 +117,7 @@ class Network:
         self.rate_bits_per_s = rate_bits_per_s
         self.hosts = hosts
         self.inner_rate_bits_per_s = inner_rate_bits_per_s
-        self.note = "ranks in network namespaces, bytes counted by their interfaces"
+        self.note = _NOTE
         self._home = _current_namespace()
         self._hub = -1
         self._ends: list[int] = []
@@ -312,10 +314,30 @@ def open_network(
             hosts=hosts,
             inner_rate_bits_per_s=inner_rate_bits_per_s,
         )
-    return Loopback(
+    return Loopback(_note_without(obstacle))
+
+
+def network_note() -> str:
+    """The ``note`` of every network that :func:`open_network` makes here."""
+    obstacle = why_not()
+    return _NOTE if obstacle is None else _note_without(obstacle)
+
+
+def _note_without(obstacle: str) -> str:
+    return (
         f"no emulated network ({obstacle}): ranks share the loopback interface, so rates are NOT "
         "limited and bytes are counted by the program, not by an interface"
     )
+
+
+def emulated_rates(rates: Sequence[str]) -> dict[str, float | None]:
+    """Bits per second by rate, None without limit; ``"unlimited"`` alone where there is no network.
+
+    Raises:
+        UnitError: a rate that cannot be read.
+    """
+    read = {rate: parse_rate(rate) for rate in rates}
+    return read if why_not() is None else {"unlimited": None}
 
 
 def why_not() -> str | None:

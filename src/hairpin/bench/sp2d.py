@@ -14,13 +14,12 @@ from torch import Tensor
 
 from hairpin.bench.measure import Figures, Sample, combine, interleave, join, machine, sample
 from hairpin.bench.methods import AXIS, METHODS, Method, sent_bytes
-from hairpin.bench.network import Wire, open_network, why_not
+from hairpin.bench.network import Wire, emulated_rates, network_note, open_network
 from hairpin.bench.transformer import Size, build
 from hairpin.comm.grads import sync_grads
 from hairpin.comm.mesh import Mesh
 from hairpin.layout import Layout
 from hairpin.run.launch import launch
-from hairpin.units import parse_rate
 
 RATES = ("unlimited", "1gbit", "400mbit", "200mbit", "100mbit", "50mbit")
 OURS = "dsp"
@@ -49,16 +48,13 @@ def measure(settings: Settings, *, say: Callable[[str], None]) -> dict[str, Any]
     Raises:
         UnitError: a rate that cannot be read.
     """
-    rates = {rate: parse_rate(rate) for rate in settings.rates}
-    if why_not() is not None:
-        rates = {"unlimited": None}
-    note, runs, described = "", [], machine()
+    rates = emulated_rates(settings.rates)
+    described, note = machine(), network_note()
+    say(note)
+    runs = []
     for rate, rate_bits_per_s in rates.items():
+        say(f"{rate}: {settings.rounds} rounds of {', '.join(METHODS)}")
         with open_network(settings.ranks, rate_bits_per_s=rate_bits_per_s) as wire:
-            if not note:
-                note = wire.note
-                say(note)
-            say(f"{rate}: {settings.rounds} rounds of {', '.join(METHODS)}")
             ranks = launch(_run_rank, settings.ranks, wire, settings)
         runs.append({"rate": rate, "rate_bits_per_s": rate_bits_per_s, **_summary(ranks)})
     return {

@@ -1,53 +1,41 @@
 """``hairpin bench``: benchmarks as tables, JSON and curves."""
 
-import json as json_text
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hairpin.cli.output import print_json, print_text, say, stdout
-from hairpin.errors import OutputError
+from hairpin.cli import bench_options as options
+from hairpin.cli.bench_run import prepare, run_bench
+from hairpin.cli.output import Json, new_table, print_result, print_text, say, stdout
 from hairpin.units import format_bytes, format_time
-
-_RESULTS = Path("benchmarks/results")
 
 app = typer.Typer(
     help="Measure bytes and time: of links of limited bandwidth (as root), and of memory budgets.",
     no_args_is_help=True,
 )
 
-Ranks = Annotated[int, typer.Option(min=1, help="Local ranks to start.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Samples of each step; the median counts.")]
-Out = Annotated[Path, typer.Option(help="Folder for the JSON and the curve.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 @app.command("sp2d")
 def sp2d(
     *,
-    ranks: Ranks = 4,
-    rates: Annotated[
-        str, typer.Option(help="Bandwidths of each rank's link, separated by commas.")
-    ] = "unlimited,1gbit,400mbit,200mbit,100mbit,50mbit",
-    rounds: Rounds = 9,
-    frames: Annotated[int, typer.Option(min=1)] = 64,
-    patches: Annotated[int, typer.Option(min=1)] = 64,
-    channels: Annotated[int, typer.Option(min=1)] = 64,
+    ranks: options.Ranks = 4,
+    rates: options.Rates = "unlimited,1gbit,400mbit,200mbit,100mbit,50mbit",
+    rounds: options.Rounds = 9,
+    frames: options.Count = 64,
+    patches: options.Count = 64,
+    channels: options.Count = 64,
     heads: Annotated[int, typer.Option(min=1, help="A divisor of the channels.")] = 4,
     sync_gradients: Annotated[
         bool,
         typer.Option("--sync-gradients", help="Average parameter gradients in every step."),
     ] = False,
-    out: Out = _RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the curve.")] = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Time DSP, Ulysses, ring and Megatron-SP on one 2-D transformer against bandwidth."""
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench.curve import draw_speedups
     from hairpin.bench.sp2d import Settings, measure
     from hairpin.bench.transformer import Size
@@ -59,82 +47,64 @@ def sp2d(
         rounds=rounds,
         sync_gradients=sync_gradients,
     )
-    result = measure(settings, say=say)
     name = "sp2d-sync" if sync_gradients else "sp2d"
-    path = _save(result, out, name)
+    result = run_bench(measure, settings, out=out, name=name)
     if len(result["runs"]) > 1:
-        say(f"wrote {draw_speedups(result, path.with_suffix('.png'))}")
-    if json:
-        print_json(result)
-    else:
-        _print_sp2d(result)
+        say(f"wrote {draw_speedups(result, out / f'{name}.png')}")
+    print_result(result, _print_sp2d, json=json)
 
 
 @app.command("switch")
 def switch(
     *,
-    ranks: Annotated[int, typer.Option(min=2, help="Local ranks to start.")] = 4,
+    ranks: options.SeveralRanks = 4,
     rate: Annotated[str, typer.Option(help="Bandwidth of each rank's link.")] = "200mbit",
     size: Annotated[str, typer.Option(help="Size of the whole tensor.")] = "32MB",
-    rounds: Rounds = 7,
-    out: Out = _RESULTS,
+    rounds: options.Rounds = 7,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Count a switch on the wire, hide it behind work, and compare it with torch's own."""
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench.switching import Settings, measure
     from hairpin.units import parse_bytes
 
     settings = Settings(ranks=ranks, rate=rate, whole_bytes=parse_bytes(size), rounds=rounds)
-    result = measure(settings, say=say)
-    _save(result, out, "switch")
-    if json:
-        print_json(result)
-    else:
-        _print_switch(result)
+    result = run_bench(measure, settings, out=out, name="switch")
+    print_result(result, _print_switch, json=json)
 
 
 @app.command("chunk")
 def chunk(
     *,
-    parts: Annotated[
-        str | None, typer.Option(help="Which to measure, separated by commas; all if left out.")
-    ] = None,
+    parts: options.Which = None,
     models: Annotated[
         str | None, typer.Option(help="Titles of models, separated by semicolons; all if left out.")
     ] = None,
     ratios: Annotated[
         str, typer.Option(help="Budgets as parts of the model's own peak, separated by commas.")
     ] = "0.5,0.3,0.2",
-    rounds: Rounds = 5,
+    rounds: options.Rounds = 5,
     longest_budget: Annotated[
         str, typer.Option(help="Budget that the longest length is looked for in.")
     ] = "2GiB",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Keep third-party models under budgets of memory, and say what that costs."""
-    _quiet_torch()
-    _make(out)
+    prepare(out)
     from hairpin.bench import chunking
     from hairpin.units import parse_bytes
 
     settings = chunking.Settings(
-        parts=chunking.PARTS if parts is None else _chosen(parts, chunking.PARTS),
+        parts=options.chosen(parts, chunking.PARTS),
         titles=() if models is None else tuple(name.strip() for name in models.split(";")),
         ratios=_ratios(ratios),
         rounds=rounds,
         longest_budget_bytes=parse_bytes(longest_budget),
     )
-    _warn_of_load()
-    result = chunking.measure(settings, say=say)
-    _save(result, out, "chunk")
-    if json:
-        print_json(result)
-    else:
-        _print_chunk(result)
+    result = run_bench(chunking.measure, settings, out=out, name="chunk")
+    print_result(result, _print_chunk, json=json)
 
 
 @app.command("openfold")
@@ -146,23 +116,44 @@ def openfold(
     sizes: Annotated[
         str, typer.Option(help="Sequences x residues of the MSA, separated by commas.")
     ] = "64x128,128x256",
-    rounds: Rounds = 5,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    rounds: options.Rounds = 5,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Time and peak memory of our Evoformer block against OpenFold's, with the same weights."""
-    _quiet_torch()
-    _make(out)
+    prepare(out)
     from hairpin.bench import openfold as bench
 
     settings = bench.Settings(openfold=str(openfold), sizes=_sizes(sizes), rounds=rounds)
-    _warn_of_load()
-    result = bench.measure(settings, say=say)
-    _save(result, out, "openfold")
-    if json:
-        print_json(result)
-    else:
-        _print_openfold(result)
+    result = run_bench(bench.measure, settings, out=out, name="openfold")
+    print_result(result, _print_openfold, json=json)
+
+
+@app.command("kernels")
+def kernels(
+    *,
+    operations: options.Which = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Residues, separated by commas; 32,64,128 on a CPU and 256 to 4096 on CUDA."
+        ),
+    ] = None,
+    rounds: options.Rounds = 5,
+    out: options.Out = options.RESULTS,
+    json: Json = False,
+) -> None:
+    """Time the kernels and their peak memory against what torch has, with and without backward."""
+    prepare(out)
+    from hairpin.bench import kernels as bench
+
+    settings = bench.Settings(
+        operations=options.chosen(operations, bench.OPERATIONS),
+        lengths=() if lengths is None else options.lengths(lengths),
+        rounds=rounds,
+    )
+    result = run_bench(bench.measure, settings, out=out, name="kernels")
+    print_result(result, _print_kernels, json=json)
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -178,16 +169,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(
-                f"there is no part {name!r}; write some of {', '.join(known)}, separated by commas"
-            )
-    return names
-
-
 def _ratios(text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(word) for word in text.split(","))
@@ -201,51 +182,9 @@ def _ratios(text: str) -> tuple[float, ...]:
     return found
 
 
-def _quiet_torch() -> None:
-    """Keep torch's warnings about host names, and its profiler's stages, out of the way."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
-
-def _warn_of_load() -> None:
-    from hairpin.bench.measure import foreign_load
-
-    warning = foreign_load()
-    if warning is not None:
-        say(warning)
-
-
-def _save(result: dict[str, Any], folder: Path, name: str) -> Path:
-    path = folder / f"{name}.json"
-    try:
-        path.write_text(json_text.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    say(f"wrote {path}")
-    return path
-
-
-def _make(folder: Path) -> None:
-    """Make the folder before anything is measured, so that no measurement is lost."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write into {folder}: {error.strerror}; name a folder you may write to with --out"
-    )
-
-
 def _print_sp2d(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
     methods = list(result["expected_bytes"])
-    table = Table(box=None, title="time per step (times that of dsp)")
-    for heading in ("rate", *methods):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("time per step (times that of dsp)", ("rate", *methods))
     for run in result["runs"]:
         times = {name: run["methods"][name]["step"]["time_s"] * 1e3 for name in methods}
         slower = {name: f" ({ratio:.2f})" for name, ratio in run["speedup"].items()}
@@ -255,13 +194,9 @@ def _print_sp2d(result: dict[str, Any]) -> None:
 
 
 def _bytes_table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
     run, ranks = result["runs"][-1], result["settings"]["ranks"]
-    table = Table(box=None, title="bytes sent per rank, mean over ranks")
     headings = ("method", "forward", "by formula", "on the wire", "step, wire", "dsp / it")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("bytes sent per rank, mean over ranks", headings)
     for name, parts in run["methods"].items():
         on_wire = [
             format_bytes(sum(parts[part]["wire_bytes"]) / ranks)
@@ -290,13 +225,8 @@ def _print_chunk(result: dict[str, Any]) -> None:
 
 
 def _chunk_table(part: str, title: str, rows: Sequence[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, title=title)
     describe = _summary_cells if part == "summary" else _row_cells
-    for heading in describe(rows[0]):
-        left = heading == "model"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+    table = new_table(title, describe(rows[0]), left=("model",))
     for row in rows:
         table.add_row(*describe(row).values())
     return table
@@ -337,17 +267,13 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _print_openfold(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
     blocks: dict[str, list[dict[str, Any]]] = {}
     for row in result["table"]:
         title = f"{row['sequences']} x {row['residues']}, {row['direction']}"
         blocks.setdefault(title, []).append(row)
     for title, rows in blocks.items():
-        table = Table(box=None, title=title)
-        for heading in ("block", "peak", "of OpenFold's", "time", "error"):
-            left = heading == "block"
-            table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+        headings = ("block", "peak", "of OpenFold's", "time", "error")
+        table = new_table(title, headings, left=("block",))
         for row in rows:
             peak = row["peak_bytes"]
             table.add_row(
@@ -361,11 +287,8 @@ def _print_openfold(result: dict[str, Any]) -> None:
 
 
 def _print_switch(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, title="bytes of one switch, all ranks together")
-    for heading in ("shape", "by formula", "payload", "on the wire", "wire / formula", "if padded"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("shape", "by formula", "payload", "on the wire", "wire / formula", "if padded")
+    table = new_table("bytes of one switch, all ranks together", headings)
     for row in result["shapes"]:
         on_wire, ratio = row["wire_bytes"], row["wire_over_expected"]
         table.add_row(
@@ -395,62 +318,10 @@ def _switch_lines(result: dict[str, Any]) -> list[str]:
     return [", ".join(f"{name} {time}" for name, time in times.items()), against, together]
 
 
-@app.command("kernels")
-def kernels(
-    *,
-    operations: Annotated[
-        str | None, typer.Option(help="Which to measure, separated by commas; all if left out.")
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Residues, separated by commas; 32,64,128 on a CPU and 256 to 4096 on CUDA."
-        ),
-    ] = None,
-    rounds: Rounds = 5,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
-    json: Json = False,
-) -> None:
-    """Time the kernels and their peak memory against what torch has, with and without backward."""
-    _quiet_torch()
-    _make(out)
-    from hairpin.bench import kernels as bench
-
-    settings = bench.Settings(
-        operations=bench.OPERATIONS
-        if operations is None
-        else _chosen(operations, bench.OPERATIONS),
-        lengths=() if lengths is None else _lengths(lengths),
-        rounds=rounds,
-    )
-    _warn_of_load()
-    result = bench.measure(settings, say=say)
-    _save(result, out, "kernels")
-    if json:
-        print_json(result)
-    else:
-        _print_kernels(result)
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise typer.BadParameter(
-            f"cannot read the lengths {text!r}; write whole numbers from 1 on, separated by "
-            "commas, for example 256,512"
-        )
-    return tuple(int(word) for word in words)
-
-
 def _print_kernels(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(
-        box=None, title=f"on {result['device']}, {result['dtype'].removeprefix('torch.')}"
-    )
-    for heading in ("operation", "R", "backward", "by", "time", "peak"):
-        left = heading in {"operation", "by"}
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    title = f"on {result['device']}, {result['dtype'].removeprefix('torch.')}"
+    headings = ("operation", "R", "backward", "by", "time", "peak")
+    table = new_table(title, headings, left=("operation", "by"))
     for row in result["rows"]:
         fits = row["time_s"] is not None
         table.add_row(

@@ -1,53 +1,35 @@
 """``hairpin bench 4d``: what it asks, and its tables."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hairpin.cli.bench import (
-    _RESULTS,
-    Json,
-    Rounds,
-    _make,
-    _quiet_torch,
-    _save,
-    _warn_of_load,
-)
-from hairpin.cli.output import print_json, print_text, say, stdout
+from hairpin.cli import bench_options as options
+from hairpin.cli.bench_run import prepare, run_bench
+from hairpin.cli.output import Json, new_table, print_result, print_text, stdout
 from hairpin.units import format_bytes, format_time
 
 
 def four_d(
     *,
-    ranks: Annotated[int, typer.Option(min=2, help="Local ranks to start.")] = 4,
+    ranks: options.SeveralRanks = 4,
     layouts: Annotated[
         str | None,
         typer.Option(
             help="Such as ddp4,fsdp2 sp2,sp2 tp2: by commas, outermost first; all if left out."
         ),
     ] = None,
-    hosts: Annotated[
-        int | None,
-        typer.Option(min=1, help="Hosts whose ranks share one link; a link per rank if left out."),
-    ] = None,
-    rates: Annotated[
-        str, typer.Option(help="Bandwidths of each rank's link, or each host's, by commas.")
-    ] = "200mbit,1gbit",
-    inner_rate: Annotated[
-        str, typer.Option(help="Bandwidth of each rank's link inside a host.")
-    ] = "unlimited",
+    hosts: options.Hosts = None,
+    rates: options.RatesOfHosts = "200mbit,1gbit",
+    inner_rate: options.InnerRate = "unlimited",
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step, over all ranks.")] = 8,
     method: Annotated[
         str, typer.Option(help="How attention crosses the ranks of a row: ring, ulysses, ...")
     ] = "ring",
-    virtual_gflops: Annotated[
-        float,
-        typer.Option(min=0.0, help="Speed of the device that is played; 0: real kernels."),
-    ] = 10.0,
-    rounds: Rounds = 2,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    virtual_gflops: options.VirtualGflops = 10.0,
+    rounds: options.Rounds = 2,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Train one small language model over the same ranks in several ways, and compare them.
@@ -56,9 +38,7 @@ def four_d(
     Losses, calls and memory are checked and counted with real kernels; in the timed steps matrix
     products and attention sleep as long as a device of the given speed would compute.
     """
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench import four_d as bench
 
     settings = bench.Settings(
@@ -71,14 +51,11 @@ def four_d(
         batch_size=batch_size,
         method=method,
         rounds=rounds,
-        virtual_flops_per_s=virtual_gflops * 1e9 or None,
+        virtual_flops_per_s=options.flops_per_s(virtual_gflops),
     )
-    result = bench.measure(settings, say=say)
-    _save(result, out, "4d" if hosts is None else f"4d-{hosts}-hosts")
-    if json:
-        print_json(result)
-    else:
-        _print(result)
+    name = "4d" if hosts is None else f"4d-{hosts}-hosts"
+    result = run_bench(bench.measure, settings, out=out, name=name)
+    print_result(result, _print, json=json)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -94,11 +71,8 @@ def _print(result: dict[str, Any]) -> None:
 
 def _counted_table(result: dict[str, Any]) -> Any:
     """Of the rank that has most of each."""
-    from rich.table import Table
-
-    table = Table(box=None, title="counted, of the rank with most")
-    for heading in ("layout", "calls", "held all the time", "beyond that at most", "loss off by"):
-        table.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=True)
+    headings = ("layout", "calls", "held all the time", "beyond that at most", "loss off by")
+    table = new_table("counted, of the rank with most", headings, left=("layout",))
     for row in result["layouts"]:
         table.add_row(
             row["layout"],
@@ -111,13 +85,10 @@ def _counted_table(result: dict[str, Any]) -> Any:
 
 
 def _timed_table(run: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, title=f"a step at {run['rate']}")
     hosts = any(row["host_bytes"] for row in run["layouts"])
     headings = ("layout", "time", "of the best", "sent by a rank", "leaves a host")
-    for heading in headings if hosts else headings[:-1]:
-        table.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=True)
+    shown = headings if hosts else headings[:-1]
+    table = new_table(f"a step at {run['rate']}", shown, left=("layout",))
     for row in sorted(run["layouts"], key=lambda row: float(row["time_s"])):
         table.add_row(
             row["layout"],

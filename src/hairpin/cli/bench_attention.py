@@ -1,57 +1,37 @@
 """``hairpin bench attention``: what it asks, and its tables."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hairpin.cli.bench import (
-    _RESULTS,
-    Json,
-    Rounds,
-    _chosen,
-    _lengths,
-    _make,
-    _quiet_torch,
-    _save,
-    _warn_of_load,
-)
-from hairpin.cli.output import print_json, print_text, say, stdout
+from hairpin.cli import bench_options as options
+from hairpin.cli.bench_run import prepare, run_bench
+from hairpin.cli.output import Json, new_table, print_result, print_text, stdout
 from hairpin.units import format_time
 
 
 def attention(
     *,
-    ranks: Annotated[int, typer.Option(min=1, help="Local ranks to start.")] = 4,
-    hosts: Annotated[
-        int | None,
-        typer.Option(min=1, help="Hosts whose ranks share one link; a link per rank if left out."),
-    ] = None,
-    rates: Annotated[
-        str, typer.Option(help="Bandwidths of each rank's link, or each host's, by commas.")
-    ] = "200mbit,1gbit",
-    inner_rate: Annotated[
-        str, typer.Option(help="Bandwidth of each rank's link inside a host.")
-    ] = "unlimited",
+    ranks: options.Ranks = 4,
+    hosts: options.Hosts = None,
+    rates: options.RatesOfHosts = "200mbit,1gbit",
+    inner_rate: options.InnerRate = "unlimited",
     length: Annotated[int, typer.Option(min=1, help="Of the whole sequence.")] = 4096,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
+    heads: options.Count = 8,
     groups: Annotated[
         str, typer.Option(help="Numbers of key/value heads, by commas; divisors of the heads.")
     ] = "8,2",
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 64,
+    head_dim: options.HeadDim = 64,
     masks: Annotated[str, typer.Option(help="Of full and causal, by commas.")] = "full,causal",
     schedules: Annotated[
         str, typer.Option(help="How keys may cross the ranks, by commas; rsa is left out.")
     ] = "ring,double_ring,all_gather,hierarchical",
-    virtual_gflops: Annotated[
-        float,
-        typer.Option(min=0.0, help="Speed of the device that is played; 0: real kernels."),
-    ] = 20.0,
+    virtual_gflops: options.VirtualGflops = 20.0,
     peers: Annotated[
         str | None, typer.Option(help="Other libraries, by commas; all if left out, or none.")
     ] = None,
-    rounds: Rounds = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    rounds: options.Rounds = 3,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Time every way to split attention against bandwidth, its predicted cost and other libraries.
@@ -59,9 +39,7 @@ def attention(
     Kernels sleep as long as a device of the given speed would compute, unless that is 0: with
     fewer cores than ranks, real work would delay the transfers it should hide.
     """
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench import attention as bench
     from hairpin.bench.attention_peers import PEERS
 
@@ -72,21 +50,17 @@ def attention(
         inner_rate=inner_rate,
         length=length,
         heads=heads,
-        groups=_lengths(groups),
+        groups=options.lengths(groups),
         head_dim=head_dim,
-        masks=_chosen(masks, tuple(bench.MASKS)),
-        schedules=_chosen(schedules, (*bench.SCHEDULES, "rsa")),  # type: ignore[arg-type]
-        virtual_flops_per_s=virtual_gflops * 1e9 or None,
+        masks=options.chosen(masks, tuple(bench.MASKS)),
+        schedules=options.chosen(schedules, (*bench.SCHEDULES, "rsa")),  # type: ignore[arg-type]
+        virtual_flops_per_s=options.flops_per_s(virtual_gflops),
         peers=_peers(peers, tuple(PEERS)),
         rounds=rounds,
     )
-    result = bench.measure(settings, say=say)
     name = "attention" if hosts is None else f"attention-{hosts}-hosts"
-    _save(result, out, name)
-    if json:
-        print_json(result)
-    else:
-        _print(result)
+    result = run_bench(bench.measure, settings, out=out, name=name)
+    print_result(result, _print, json=json)
 
 
 def _peers(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -126,11 +100,8 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _case_table(title: str, case: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, title=title)
-    for heading in ("", "forward", "backward", "predicted", "wire / formula", "of the pick"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    headings = ("", "forward", "backward", "predicted", "wire / formula", "of the pick")
+    table = new_table(title, headings)
     picked_s = case["methods"][0]["time_s"]
     for row in sorted(case["methods"], key=lambda row: float(row["time_s"])):
         ratios = [ratio for ratio in row["wire_over_formula"].values() if ratio is not None]

@@ -1,34 +1,45 @@
 """``hairpin bench axial``: what it asks, and its tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hairpin.cli.bench import (
-    _RESULTS,
-    Json,
-    Rounds,
-    _chosen,
-    _lengths,
-    _make,
-    _quiet_torch,
-    _save,
-    _warn_of_load,
-)
-from hairpin.cli.output import print_json, print_text, say, stdout
+from hairpin.cli import bench_options as options
+from hairpin.cli.bench_run import prepare, run_bench
+from hairpin.cli.output import Json, new_table, print_result, print_text, stdout
 from hairpin.units import format_bytes, format_time
+
+_LEAST = 15  # characters of the names of ways
+
+Parts = Annotated[
+    str | None,
+    typer.Option(help="Of bytes, memory, time, triangles, scaling, by commas; all if left out."),
+]
+Manners = Annotated[
+    str | None,
+    typer.Option(
+        help="Product, passing, pieces of timed blocks, such as ring ring,channels gather 4."
+    ),
+]
+Cases = Annotated[
+    str,
+    typer.Option(
+        help="Whose memory is counted: sequences x residues : ranks / ranks ..., by commas."
+    ),
+]
+FlopsPerByte = Annotated[
+    float,
+    typer.Option(
+        min=0.01, help="Of the device that is played: products' operations per byte touched."
+    ),
+]
 
 
 def axial(
     *,
-    parts: Annotated[
-        str | None,
-        typer.Option(
-            help="Of bytes, memory, time, triangles, scaling, by commas; all if left out."
-        ),
-    ] = None,
+    parts: Parts = None,
     ranks: Annotated[int, typer.Option(min=2, help="Of timed runs and measured memory.")] = 4,
     counted: Annotated[
         str, typer.Option(help="Numbers of ranks whose bytes are counted, by commas.")
@@ -36,31 +47,16 @@ def axial(
     rate: Annotated[str, typer.Option(help="Bandwidth of each rank's link in timed runs.")] = (
         "200mbit"
     ),
-    sequences: Annotated[int, typer.Option(min=1)] = 64,
-    residues: Annotated[int, typer.Option(min=1)] = 128,
-    manners: Annotated[
-        str | None,
-        typer.Option(
-            help="Product, passing, pieces of timed blocks, such as ring ring,channels gather 4."
-        ),
-    ] = None,
-    rehearsed: Annotated[
-        str,
-        typer.Option(
-            help="Whose memory is counted: sequences x residues : ranks / ranks ..., by commas."
-        ),
-    ] = "64x128:2/4/8/16,512x2048:64/512",
-    flops_per_byte: Annotated[
-        float,
-        typer.Option(
-            min=0.01, help="Of the device that is played: products' operations per byte touched."
-        ),
-    ] = 12.5,
+    sequences: options.Count = 64,
+    residues: options.Count = 128,
+    manners: Manners = None,
+    rehearsed: Cases = "64x128:2/4/8/16,512x2048:64/512",
+    flops_per_byte: FlopsPerByte = 12.5,
     published: Annotated[
         Path, typer.Option(help="The table of published figures that scaling is compared with.")
     ] = Path("../shared/data/published_results.csv"),
-    rounds: Rounds = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    rounds: options.Rounds = 3,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Measure an Evoformer block over several ranks: bytes, memory, time, and training to 512.
@@ -69,16 +65,14 @@ def axial(
     backward. In timed runs kernels sleep as long as a device would compute whose speed is chosen so
     that computing takes as long as transferring.
     """
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench import axial as bench
     from hairpin.bench.axial_ways import Size
 
     settings = bench.Settings(
-        parts=bench.PARTS if parts is None else _chosen(parts, bench.PARTS),
+        parts=options.chosen(parts, bench.PARTS),
         ranks=ranks,
-        counted=_lengths(counted),
+        counted=options.lengths(counted),
         rate=rate,
         size=Size(sequences, residues),
         rehearsed=_rehearsed(rehearsed),
@@ -87,13 +81,10 @@ def axial(
         published=str(published),
         **({} if manners is None else {"timed": _manners(manners)}),
     )
-    result = bench.measure(settings, say=say)
     everything = set(settings.parts) == set(bench.PARTS)
-    _save(result, out, "axial" if everything else f"axial-{'-'.join(settings.parts)}")
-    if json:
-        print_json(result)
-    else:
-        _print(result)
+    name = "axial" if everything else f"axial-{'-'.join(settings.parts)}"
+    result = run_bench(bench.measure, settings, out=out, name=name)
+    print_result(result, _print, json=json)
 
 
 def _manners(text: str) -> tuple[Any, ...]:
@@ -157,23 +148,11 @@ def _show(table: Any) -> None:
     print_text("")
 
 
-def _table(title: str, headings: Iterable[str]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, title=title)
-    for at, heading in enumerate(headings):
-        if at == 0:
-            table.add_column(heading, min_width=15)
-        else:
-            table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _bytes_table(run: dict[str, Any]) -> Any:
     published = format_bytes(run["published_forward_bytes"])
     title = f"sent by a rank of {run['ranks']}; published scheme, padded, forward: {published}"
     headings = ("", "forward", "of published", "wire / plan", "backward", "wire / plan")
-    table = _table(title, headings)
+    table = new_table(title, headings, least=_LEAST)
     for row in run["methods"]:
         forward, backward = row["forward"], row["backward"]
         table.add_row(
@@ -199,7 +178,7 @@ def _ratio(value: float | None) -> str:
 def _memory_table(rows: Sequence[dict[str, Any]]) -> Any:
     title = "most that a rank holds beyond inputs and parameters; over an N-th of one rank's"
     headings = ("", "size", "ranks", "forward", "x N", "with backward", "x N")
-    table = _table(title, headings)
+    table = new_table(title, headings, least=_LEAST)
     for row in rows:
         table.add_row(
             row["method"],
@@ -215,7 +194,7 @@ def _memory_table(rows: Sequence[dict[str, Any]]) -> Any:
 
 def _measured_table(rows: Sequence[dict[str, Any]]) -> Any:
     title = "measured by ranks that compute, over what was counted; the rank that is worst"
-    table = _table(title, ("", "forward", "with backward"))
+    table = new_table(title, ("", "forward", "with backward"), least=_LEAST)
     for row in rows:
         ratios = []
         for name in ("forward", "step"):
@@ -226,17 +205,8 @@ def _measured_table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def _time_table(title: str, run: dict[str, Any]) -> Any:
-    headings = (
-        "",
-        "time",
-        "/ work",
-        "at once",
-        "none",
-        "predicted",
-        "hidden",
-        "hideable",
-    )
-    table = _table(f"{title}, forward and backward", headings)
+    headings = ("", "time", "/ work", "at once", "none", "predicted", "hidden", "hideable")
+    table = new_table(f"{title}, forward and backward", headings, least=_LEAST)
     for row in run["methods"]:
         table.add_row(
             row["method"],
@@ -258,10 +228,18 @@ def _percent(share: float | None) -> str:
 def _print_scaling(scaling: dict[str, Any]) -> None:
     if not scaling["rows"]:
         return
-    table = _table(
-        "published, and predicted",
-        ("", "devices", "dap", "published", "predicted", "off by", "calibrated", "off by", ""),
+    headings = (
+        "",
+        "devices",
+        "dap",
+        "published",
+        "predicted",
+        "off by",
+        "calibrated",
+        "off by",
+        " ",
     )
+    table = new_table("published, and predicted", headings, least=_LEAST)
     for row in scaling["rows"]:
         table.add_row(
             f"{row['system']}, {row['what']}",

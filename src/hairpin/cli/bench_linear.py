@@ -1,22 +1,12 @@
 """``hairpin bench linear``: what it asks, and its tables."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hairpin.cli.bench import (
-    _RESULTS,
-    Json,
-    Rounds,
-    _chosen,
-    _lengths,
-    _make,
-    _quiet_torch,
-    _save,
-    _warn_of_load,
-)
-from hairpin.cli.output import print_json, print_text, say, stdout
+from hairpin.cli import bench_options as options
+from hairpin.cli.bench_run import prepare, run_bench
+from hairpin.cli.output import Json, new_table, print_result, print_text, stdout
 from hairpin.units import format_bytes, format_time
 
 
@@ -26,17 +16,12 @@ def linear(
         str | None, typer.Option(help="Of speed and longest, by commas; both if left out.")
     ] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of local ranks, by commas.")] = "4,8",
-    rates: Annotated[
-        str, typer.Option(help="Bandwidths of each rank's link, by commas.")
-    ] = "200mbit,1gbit",
+    rates: options.Rates = "200mbit,1gbit",
     lengths: Annotated[str, typer.Option(help="Of the whole sequence, by commas.")] = "1024,2048",
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 64,
+    heads: options.Count = 8,
+    head_dim: options.HeadDim = 64,
     layers: Annotated[int, typer.Option(min=1, help="Attention layers in a row.")] = 8,
-    virtual_gflops: Annotated[
-        float,
-        typer.Option(min=0.0, help="Speed of the device that is played; 0: real kernels."),
-    ] = 4.0,
+    virtual_gflops: options.VirtualGflops = 4.0,
     budget: Annotated[
         str, typer.Option(help="Bytes per rank that the longest sequence is looked for in.")
     ] = "16MiB",
@@ -47,8 +32,8 @@ def linear(
         int | None,
         typer.Option(min=1, help="Key/value heads of the longest's ring; all if left out."),
     ] = None,
-    rounds: Rounds = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON.")] = _RESULTS,
+    rounds: options.Rounds = 3,
+    out: options.Out = options.RESULTS,
     json: Json = False,
 ) -> None:
     """Time linear attention's schedules against work alone and LASP's order; find longest lengths.
@@ -56,37 +41,32 @@ def linear(
     Kernels sleep as long as a device of the given speed would compute, unless that is 0: with
     fewer cores than ranks, real work would delay the transfers it should hide.
     """
-    _quiet_torch()
-    _make(out)
-    _warn_of_load()
+    prepare(out)
     from hairpin.bench import linear as bench
     from hairpin.bench.longest import Longest
     from hairpin.units import parse_bytes
 
     settings = bench.Settings(
-        parts=bench.PARTS if parts is None else _chosen(parts, bench.PARTS),
-        ranks=_lengths(ranks),
+        parts=options.chosen(parts, bench.PARTS),
+        ranks=options.lengths(ranks),
         rates=tuple(rates.split(",")),
-        lengths=_lengths(lengths),
+        lengths=options.lengths(lengths),
         heads=heads,
         head_dim=head_dim,
         layers=layers,
         rounds=rounds,
-        virtual_flops_per_s=virtual_gflops * 1e9 or None,
+        virtual_flops_per_s=options.flops_per_s(virtual_gflops),
         longest=Longest(
             budget_bytes=parse_bytes(budget),
-            ranks=_lengths(longest_ranks),
+            ranks=options.lengths(longest_ranks),
             heads=heads,
             groups=groups or heads,
             head_dim=head_dim,
         ),
     )
-    result = bench.measure(settings, say=say)
-    _save(result, out, "linear" if "speed" in settings.parts else "linear-longest")
-    if json:
-        print_json(result)
-    else:
-        _print(result)
+    name = "linear" if "speed" in settings.parts else "linear-longest"
+    result = run_bench(bench.measure, settings, out=out, name=name)
+    print_result(result, _print, json=json)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -106,13 +86,8 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _speed_table(title: str, case: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, title=title)
-    headings = ("forward", "backward", "/ alone", "bytes", "/ formula", "transfers")
-    table.add_column("", min_width=13)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "forward", "backward", "/ alone", "bytes", "/ formula", "transfers")
+    table = new_table(title, headings, least=13)
     for row in case["methods"]:
         table.add_row(*_speed_row(row))
     return table
@@ -136,13 +111,10 @@ def _speed_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _longest_table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
     longest = result["longest"]
     budget = format_bytes(longest["budget_bytes"])
-    table = Table(box=None, title=f"longest sequence, {budget} on each rank")
-    for heading in ("", "ranks", "length", "turns", "held", "growth", "of linear"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    headings = ("", "ranks", "length", "turns", "held", "growth", "of linear")
+    table = new_table(f"longest sequence, {budget} on each rank", headings)
     for row in longest["rows"]:
         table.add_row(
             row["method"],

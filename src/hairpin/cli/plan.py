@@ -18,46 +18,49 @@ if TYPE_CHECKING:
     from hairpin.planning.plan import Plan
     from hairpin.planning.seam import Attends, Seam
 
+Build = Annotated[
+    str,
+    typer.Argument(
+        metavar="PKG.MOD:BUILD",
+        help="A function returning a model, (model, example) or (model, example, attends).",
+    ),
+]
+Example = Annotated[
+    str | None, typer.Option(metavar="PKG.MOD:NAME", help="An input, or a function giving one.")
+]
+Table = Annotated[
+    str | None,
+    typer.Option(metavar="TABLE.toml|PKG.MOD:NAME", help="Which module computes along which dim."),
+]
+Dims = Annotated[
+    str | None,
+    typer.Option(metavar="PATTERN", help='Dims of the stream, "b t s c", if the table is short.'),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="Most that activations may take on a device: 2GiB."),
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="Draw memory along the run, before and after."),
+]
+
 
 def plan(
-    build: Annotated[
-        str,
-        typer.Argument(
-            metavar="PKG.MOD:BUILD",
-            help="A function returning a model, (model, example) or (model, example, attends).",
-        ),
-    ],
+    build: Build,
     *,
     devices: Annotated[
         int | None, typer.Option(help="Number of devices to split over; one if left out.")
     ] = None,
     dp: Annotated[int, typer.Option(help="Devices along the data axis; the rest split.")] = 1,
-    example: Annotated[
-        str | None, typer.Option(metavar="PKG.MOD:NAME", help="An input, or a function giving one.")
-    ] = None,
-    attends: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TABLE.toml|PKG.MOD:NAME", help="Which module computes along which dim."
-        ),
-    ] = None,
-    dims: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATTERN", help='Dims of the stream, "b t s c", if the table is short.'
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="BYTES", help="Most that activations may take on a device: 2GiB."),
-    ] = None,
+    example: Example = None,
+    attends: Table = None,
+    dims: Dims = None,
+    memory: Memory = None,
     backward: Annotated[
         bool, typer.Option("--backward", help="The memory is for a forward and a backward.")
     ] = False,
-    picture: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.png", help="Draw memory along the run, before and after."),
-    ] = None,
+    picture: Picture = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan to this TOML file.")
     ] = None,

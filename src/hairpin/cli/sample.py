@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hairpin.cli.output import print_json, print_text
-from hairpin.cli.train import on_ranks, rank_count, write_pictures
+from hairpin.cli.output import Json, print_json, print_text
+from hairpin.cli.train import DpOfClips, Ranks, on_ranks, rank_count, write_pictures
 
 
 def sample(
@@ -19,13 +19,9 @@ def sample(
     ),
     count: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of clips and noise.")] = 0,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
-    ] = None,
-    dp: Annotated[
-        int, typer.Option(min=1, help="Groups of ranks that share out clips; the rest split clips.")
-    ] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    ranks: Ranks = None,
+    dp: DpOfClips = 1,
+    json: Json = False,
 ) -> None:
     """Draw clips that go on from the first frames of clips the model has never seen."""
     from hairpin.run import checkpoint

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
-from hairpin.cli.output import command_line, print_json, print_text, say
+from hairpin.cli.output import Json, command_line, print_json, print_text, say
 from hairpin.errors import (
     MeshError,
     MissingExtraError,
@@ -48,10 +48,17 @@ RunFolder = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32 or float64.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
+ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
+]
 
-# options of everything that folds over ranks
+# options of everything that starts ranks
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="Local ranks to start; default 1, or torchrun's.")
+]
+DpOfClips = Annotated[
+    int, typer.Option(min=1, help="Groups of ranks that share out clips; the rest split clips.")
 ]
 Product = Annotated[
     str, typer.Option(help="How triangle products cross the ranks: gather, ring or channels.")
@@ -73,12 +80,8 @@ def video(
         str | None, typer.Option(help="digits (the default) or tiny, or that of the checkpoint.")
     ] = None,
     ranks: Ranks = None,
-    dp: Annotated[
-        int, typer.Option(min=1, help="Groups of ranks that share out clips; the rest split clips.")
-    ] = 1,
-    memory: Annotated[
-        str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
-    ] = None,
+    dp: DpOfClips = 1,
+    memory: Memory = None,
     steps: Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Clips per step, over all ranks.")] = None,
     resume: Resume = None,
@@ -87,21 +90,17 @@ def video(
     dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and noise.")] = None,
     checkpoint_every: CheckpointEvery = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Train a video transformer on moving handwritten digits, then write samples and a report."""
     require_extras(_NEEDS)
     from hairpin.run.video import run_training
 
-    changes = {
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "seed": seed,
-        "checkpoint_every": checkpoint_every,
-    }
     job = prepare(
         recipe_name=recipe,
-        changes={name: value for name, value in changes.items() if value is not None},
+        changes=given(
+            batch_size=batch_size, dtype=dtype, seed=seed, checkpoint_every=checkpoint_every
+        ),
         ranks=rank_count(ranks),
         dp=dp,
         steps=steps,
@@ -119,6 +118,11 @@ def video(
         print_json(written)
     else:
         print_text(written["report"])
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def prepare(
@@ -361,6 +365,15 @@ def finish(job: "TrainJob", outcome: "TrainOutcome") -> dict[str, Any]:
         "still_psnr_db": samples.still_psnr_db,
         "ranks": job.dp * job.sp,
     }
+
+
+def tell(figures: dict[str, Any], text: str, *, json: bool) -> None:
+    """Print how a training ended: its figures as JSON, or a text, and where things are."""
+    if json:
+        print_json(figures)
+    else:
+        print_text(text)
+        say(f"checkpoint in {figures['checkpoint']}, metrics in {figures['metrics']}")
 
 
 def write_pictures(folder: Path, samples: Any) -> tuple[Path, Path]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hairpin.cli import train
-from hairpin.cli.output import print_json, print_text, say
+from hairpin.cli.output import Json
 from hairpin.errors import MeshError, RecipeError
 
 if TYPE_CHECKING:
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 RECIPES = ("tiny",)
 _NEEDS = (("gemmi", "gemmi", "fold"),)
+
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Local ranks to start; default --dap, or torchrun's.")
+]
+Dap = Annotated[
+    int | None,
+    typer.Option(min=1, help="Ranks that split each protein; default all. The rest is dp."),
+]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes a rank has to make examples; 0 for none beside it.")
+]
 
 
 def fold(
@@ -33,60 +44,46 @@ def fold(
     resume: train.Resume = None,
     fallback: train.Fallback = False,
     out: train.RunFolder = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Local ranks to start; default --dap, or torchrun's.")
-    ] = None,
-    dap: Annotated[
-        int | None,
-        typer.Option(min=1, help="Ranks that split each protein; default all. The rest is dp."),
-    ] = None,
+    ranks: Ranks = None,
+    dap: Dap = None,
     product: train.Product = "gather",
     passing: train.Passing = "gather",
-    workers: Annotated[
-        int,
-        typer.Option(min=0, help="Processes a rank has to make examples; 0 for none beside it."),
-    ] = 1,
+    workers: Workers = 1,
     dtype: train.Dtype = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, crops and sampling.")] = None,
     checkpoint_every: train.CheckpointEvery = None,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    validate_every: train.ValidateEvery = None,
+    json: Json = False,
 ) -> None:
     """Train a folding model on structures with alignments; prints each protein's Ca-RMSD."""
     train.require_extras(_NEEDS)
     from hairpin.run.fold_train import run_fold_training
     from hairpin.run.launch import launched
 
-    changes = {
-        "proteins": tuple(protein) if protein else None,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "seed": seed,
-        "checkpoint_every": checkpoint_every,
-        "validate_every": validate_every,
-    }
+    count = train.rank_count(ranks or (None if launched() else dap))
     job = prepare(
         data,
         recipe_name=recipe,
-        changes={name: value for name, value in changes.items() if value is not None},
+        changes=train.given(
+            proteins=tuple(protein) if protein else None,
+            batch_size=batch_size,
+            dtype=dtype,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            validate_every=validate_every,
+        ),
         steps=steps,
         resume=resume,
         fallback=fallback,
         out=out,
         workers=workers,
-        split=Split(
-            train.rank_count(ranks or (None if launched() else dap)), dap, product, passing
-        ),
+        split=Split(count, dap, product, passing),
     )
     with train.telling_how_to_go_on("fold", job.out_dir):
         result = train.on_folding_ranks(run_fold_training, job.dp * job.dap, job)
     if result is None:  # under torchrun, on all ranks but the first
         return
-    if json:
-        print_json(figures(result))
-    else:
-        print_text(table(result))
-        say(f"checkpoint in {result.checkpoint}, metrics in {result.metrics}")
+    train.tell(figures(result), table(result), json=json)
 
 
 class Split(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hairpin.cli import train
-from hairpin.cli.output import print_json, print_text, say
+from hairpin.cli.output import Json
 
 if TYPE_CHECKING:
     from hairpin.run.recipes import SequenceRecipe
@@ -27,20 +27,17 @@ Method = Annotated[
         help="How attention crosses the ranks of a sequence: auto, ring, ulysses, usp, ..."
     ),
 ]
-Memory = Annotated[
-    str | None, typer.Option(help="Bytes a rank may use, such as 2GiB: more is an error.")
+RecipeOfText = Annotated[
+    str | None, typer.Option(help="source (the default), tiny, or the checkpoint's.")
 ]
+Rows = Annotated[int | None, typer.Option(help="Rows per step, over all ranks.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens (bytes) of a row of text.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the weights and of the order of the data.")]
-ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def llm(
     *,
-    recipe: Annotated[
-        str | None, typer.Option(help="source (the default), tiny, or the checkpoint's.")
-    ] = None,
+    recipe: RecipeOfText = None,
     ranks: train.Ranks = None,
     dp: Dp = 1,
     pp: Annotated[int, typer.Option(min=1, help="Stages that share out the layers.")] = 1,
@@ -57,30 +54,30 @@ def llm(
     ] = None,
     method: Method = None,
     length: Length = None,
-    memory: Memory = None,
+    memory: train.Memory = None,
     steps: train.Steps = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step, over all ranks.")] = None,
+    batch_size: Rows = None,
     resume: train.Resume = None,
     fallback: train.Fallback = False,
     out: train.RunFolder = None,
     dtype: train.Dtype = None,
     seed: Seed = None,
     checkpoint_every: train.CheckpointEvery = None,
-    validate_every: ValidateEvery = None,
+    validate_every: train.ValidateEvery = None,
     json: Json = False,
 ) -> None:
     """Train a Llama-shaped language model on the source text of Python's standard library."""
     _train(
         "llm",
         recipe,
-        changes={
-            "length": length,
-            "batch_size": batch_size,
-            "dtype": dtype,
-            "seed": seed,
-            "checkpoint_every": checkpoint_every,
-            "validate_every": validate_every,
-        },
+        changes=train.given(
+            length=length,
+            batch_size=batch_size,
+            dtype=dtype,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            validate_every=validate_every,
+        ),
         degrees={"ranks": ranks, "dp": dp, "sp": sp, "tp": tp, "pp": pp},
         options={
             "memory": memory,
@@ -98,36 +95,34 @@ def llm(
 
 def linear_llm(
     *,
-    recipe: Annotated[
-        str | None, typer.Option(help="source (the default), tiny, or the checkpoint's.")
-    ] = None,
+    recipe: RecipeOfText = None,
     ranks: train.Ranks = None,
     dp: Dp = 1,
     length: Length = None,
-    memory: Memory = None,
+    memory: train.Memory = None,
     steps: train.Steps = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step, over all ranks.")] = None,
+    batch_size: Rows = None,
     resume: train.Resume = None,
     fallback: train.Fallback = False,
     out: train.RunFolder = None,
     dtype: train.Dtype = None,
     seed: Seed = None,
     checkpoint_every: train.CheckpointEvery = None,
-    validate_every: ValidateEvery = None,
+    validate_every: train.ValidateEvery = None,
     json: Json = False,
 ) -> None:
     """Train a language model with gated linear attention on Python's own source text."""
     _train(
         "linear-llm",
         recipe,
-        changes={
-            "length": length,
-            "batch_size": batch_size,
-            "dtype": dtype,
-            "seed": seed,
-            "checkpoint_every": checkpoint_every,
-            "validate_every": validate_every,
-        },
+        changes=train.given(
+            length=length,
+            batch_size=batch_size,
+            dtype=dtype,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            validate_every=validate_every,
+        ),
         degrees={"ranks": ranks, "dp": dp},
         options={"memory": memory},
         steps=steps,
@@ -149,7 +144,7 @@ def vit(
         int | None, typer.Option(min=1, help="Pixels of an image's side; of photos alone.")
     ] = None,
     method: Method = None,
-    memory: Memory = None,
+    memory: train.Memory = None,
     steps: train.Steps = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, over all ranks.")] = None,
     resume: train.Resume = None,
@@ -158,7 +153,7 @@ def vit(
     dtype: train.Dtype = None,
     seed: Seed = None,
     checkpoint_every: train.CheckpointEvery = None,
-    validate_every: ValidateEvery = None,
+    validate_every: train.ValidateEvery = None,
     json: Json = False,
 ) -> None:
     """Train a vision transformer to tell handwritten digits, or how photographs are turned."""
@@ -166,14 +161,14 @@ def vit(
     _train(
         "vit",
         recipe,
-        changes={
-            "size": size,
-            "batch_size": batch_size,
-            "dtype": dtype,
-            "seed": seed,
-            "checkpoint_every": checkpoint_every,
-            "validate_every": validate_every,
-        },
+        changes=train.given(
+            size=size,
+            batch_size=batch_size,
+            dtype=dtype,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            validate_every=validate_every,
+        ),
         degrees={"ranks": ranks, "dp": dp},
         options={"memory": memory, "method": method},
         steps=steps,
@@ -193,11 +188,7 @@ def _train(what: str, recipe_name: str | None, *, json: bool, **given: Any) -> N
         result = train.on_ranks(run_sequence_training, job.degrees.ranks, job)
     if result is None:  # under torchrun, on all ranks but the first
         return
-    if json:
-        print_json(figures(job, result))
-    else:
-        print_text(summary(result))
-        say(f"checkpoint in {result.checkpoint}, metrics in {result.metrics}")
+    train.tell(figures(job, result), summary(result), json=json)
 
 
 def makers_of(what: str) -> "tuple[type[SequenceRecipe], Makers]":
@@ -244,7 +235,7 @@ def prepare(
         kind,
         makers,
         recipe_name,
-        {name: value for name, value in changes.items() if value is not None},
+        changes,
         steps=steps,
         saved=start.recipe,
     )
