@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hairpin.planning.sequence import SequencePlan, plan_sequence
     from hairpin.planning.sequence_work import AttentionShape
     from hairpin.run.profile import profile
+    from hairpin.run.trace import trace
 
 _HOMES = {
     "AttentionShape": "hairpin.planning.sequence_work",
@@ -76,6 +77,7 @@ _HOMES = {
     "scatter": "hairpin.comm.verbs",
     "switch": "hairpin.comm.verbs",
     "sync_grads": "hairpin.comm.grads",
+    "trace": "hairpin.run.trace",
 }
 
 __all__ = [
@@ -115,6 +117,7 @@ __all__ = [
     "scatter",
     "switch",
     "sync_grads",
+    "trace",
 ]
 __version__ = "0.1.0.dev0"
 

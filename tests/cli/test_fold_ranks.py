@@ -42,7 +42,7 @@ def positions(path):
 @pytest.mark.timeout(300)
 def test_a_folder_over_ranks_gives_the_structures_of_one(run, targets):
     """A monomer, a complex of two chains, and a target that is refused."""
-    words = ("fold", "all", "--msa", "all", *REHEARSED, "--json")
+    words = ("fold", "all", "--msa", "all", *REHEARSED, "--trace", "--json")
     alone = run(*words, "-o", "alone")
     split = run(*words, "-o", "split", "--ranks", 2, "--product", "channels")
     assert (alone.code, split.code) == (1, 1), split.err
@@ -62,6 +62,9 @@ def test_a_folder_over_ranks_gives_the_structures_of_one(run, targets):
             Path(file).name for file in wanted["files"]
         ]
         assert all((targets / file).is_file() for file in mine["files"])
+        events = json.loads((targets / f"split/{target}/{name}_trace.json").read_text())
+        ranks = {e["pid"] for e in events["traceEvents"] if e.get("cat") == "transfer"}
+        assert ranks == {0, 1}
 
 
 @pytest.mark.slow

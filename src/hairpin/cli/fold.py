@@ -44,6 +44,7 @@ class Wishes:
     ranks: int
     product: str
     passing: str
+    trace: bool
 
     @property
     def split(self) -> "AxialPlan":
@@ -116,6 +117,10 @@ def fold(
     relax: Annotated[
         bool, typer.Option("--relax", help="Also minimise the best structure with OpenMM.")
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also write when modules ran and transfers, for Perfetto."),
+    ] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what memory and time it would take.")
     ] = False,
@@ -137,6 +142,7 @@ def fold(
         ranks=train.rank_count(ranks),
         product=product,
         passing=passing,
+        trace=trace,
     )
     if estimate:
         if not _among_others():
@@ -361,9 +367,11 @@ def _fold_one(fasta: Path, out: Path, models: Models, crew: Crew) -> Result:
     predictions: list[Prediction] = []
     files: list[Path] = []
     for model in used:
-        predictions.append(_predicted(model, target, models.wishes, crew))
+        trace_file = out / f"{model.name}_trace.json" if models.wishes.trace else None
+        predictions.append(_predicted(model, target, models.wishes, crew, trace_file))
         if crew.first:
             files += write_structures(predictions[-1], out)
+            files += [] if trace_file is None else [trace_file]
     best_first = ranked(predictions)
     if crew.first:
         files += _write_rest(target, best_first, out)
@@ -398,7 +406,11 @@ def _prepared(
 
 
 def _predicted(
-    model: "FoldModel", target: "FoldTarget", wishes: Wishes, crew: Crew
+    model: "FoldModel",
+    target: "FoldTarget",
+    wishes: Wishes,
+    crew: Crew,
+    trace_file: Path | None,
 ) -> "Prediction":
     """One model's prediction, the same on every rank; the first shows how it goes."""
     from hairpin.run.fold import predict
@@ -417,6 +429,7 @@ def _predicted(
             memory=wishes.memory,
             split=crew.split,
             device=crew.device,
+            trace_file=trace_file,
             on_block=bar if crew.first else None,
             progress=bar.say if crew.first else None,
         )

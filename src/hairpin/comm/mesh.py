@@ -1,8 +1,10 @@
 """The mesh: named axes of ranks, live over torch.distributed or only a description for planning."""
 
 import os
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -44,6 +46,26 @@ class Traffic:
         )
 
 
+@dataclass
+class Transfer:
+    """One exchange of this rank, in the clock of ``time.time_ns``.
+
+    Attributes:
+        what: words for what is moved.
+        sent_bytes: by this rank.
+        control: it checks agreement between ranks.
+        awaited_ns: when its result was asked for; done_ns: when it was there; None if never.
+    """
+
+    what: str
+    axis: str
+    sent_bytes: int
+    control: bool
+    started_ns: int
+    awaited_ns: int | None = None
+    done_ns: int | None = None
+
+
 InFlight = dict[int, tuple[Sequence[dist.Work], object]]
 
 
@@ -75,6 +97,7 @@ class _Live:
     device_mesh: DeviceMesh
     timeout_s: float
     traffic: Traffic = field(default_factory=Traffic)
+    watchers: list[list[Transfer]] = field(default_factory=list)
     in_flight: InFlight = field(default_factory=dict)
     abandoned: list[int] = field(default_factory=list)
 
@@ -136,6 +159,24 @@ class Mesh:
     def traffic(self) -> Traffic:
         """Counters of what this rank has sent over this mesh."""
         return self._live.traffic if self._live else self._idle
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Transfer]]:
+        """The transfers that this rank starts while the block lasts, noted as they happen."""
+        found: list[Transfer] = []
+        watchers = self._live.watchers if self._live else []
+        watchers.append(found)
+        try:
+            yield found
+        finally:
+            watchers.pop()
+
+    def note_transfer(self, what: str, axis: str, sent_bytes: int, *, control: bool) -> Transfer:
+        """Tell whoever watches that an exchange is started."""
+        transfer = Transfer(what, axis, sent_bytes, control, time.time_ns())
+        for found in self._running().watchers:
+            found.append(transfer)
+        return transfer
 
     def keep(self, works: Sequence[dist.Work], buffers: object) -> "Ticket":
         """Hold a started transfer until it is awaited, or found abandoned by :meth:`sweep`."""

@@ -5,6 +5,7 @@ posted before sends: Gloo serialises the two directions of a pair otherwise. A r
 contiguous is sent from, or received into, the tensor itself.
 """
 
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,11 +85,15 @@ class Link:
                 operations.append(dist.P2POp(dist.isend, chunk, None, group, tag, peer))
                 self._count(chunk.numel(), control=control)
         self.mesh.traffic.collectives += not control
+        sent_bytes = sum(sends[peer].nbytes for peer in self.peers())
+        noted = self.mesh.note_transfer(what, self.axis, sent_bytes, control=control)
         works = self._post(operations, what)
         ticket = self.mesh.keep(works, operations)
 
         def wait() -> None:
+            noted.awaited_ns = time.time_ns()
             self._wait(works, what)
+            noted.done_ns = time.time_ns()
             ticket.release()
             self.mesh.sweep()
             for region, buffer in landings:

@@ -6,7 +6,7 @@ Dims: r, i, j residues of all chains, one after another.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from hairpin.run.fold_count import ALONE, within
 from hairpin.run.fold_inputs import FoldTarget
 from hairpin.run.memory import measured
 from hairpin.run.steps import over_ranks
+from hairpin.run.trace import trace
 
 Floats = NDArray[np.floating[Any]]
 OnBlock = Callable[[int, int, int], None]
@@ -197,6 +198,7 @@ def predict(
     memory: int | str | None = None,
     split: AxialSplit | None = None,
     device: torch.device | None = None,
+    trace_file: Path | None = None,
     on_block: OnBlock | None = None,
     progress: Progress | None = None,
 ) -> Prediction:
@@ -208,6 +210,7 @@ def predict(
             split in more chunks where they would not suffice.
         split: how the model is split over a live mesh, each of whose ranks calls this and gets the
             whole structure.
+        trace_file: for what every rank does and sends along the run, see :func:`hairpin.trace`.
         on_block: called with (recycle from 0, blocks done in it, blocks of it) as it runs.
         progress: called with a few words as a plan for ``memory`` is searched.
 
@@ -236,7 +239,9 @@ def predict(
         elif memory is not None:
             _keep_under(network, (args, kwargs), batches[0], memory, progress)
         try:
-            with measured(device) as peak, _told(network, on_block):
+            mesh = Mesh(sp=1) if split is None else split.mesh
+            tracing = nullcontext() if trace_file is None else trace(network, mesh, trace_file)
+            with tracing, measured(device) as peak, _told(network, on_block):
                 out = network(*args, **kwargs)
         finally:
             detach(network)

@@ -7,7 +7,7 @@ model that reads values of its input cannot be run so; it is run for real under 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,14 @@ def memory_timeline(model: nn.Module, example: Any, *, backward: bool = False) -
     return timeline
 
 
+class Labelled(Protocol):
+    """Something that is told which module runs."""
+
+    label: str
+
+
 @contextmanager
-def labelled(model: nn.Module, meter: Meter) -> Iterator[None]:
+def labelled(model: nn.Module, meter: Labelled) -> Iterator[None]:
     """While the block lasts, ``meter.label`` is the path of the innermost module that runs."""
     labels = _Labels(model, meter)
     # Hooks on the modules themselves would change what loops were planned for.
@@ -105,7 +111,7 @@ def labelled(model: nn.Module, meter: Meter) -> Iterator[None]:
 class _Labels:
     """Hooks that tell a meter which module of one model runs."""
 
-    def __init__(self, model: nn.Module, meter: Meter) -> None:
+    def __init__(self, model: nn.Module, meter: Labelled) -> None:
         self.meter = meter
         self.paths = {module: path for path, module in model.named_modules()}
         self.running: list[str] = []
