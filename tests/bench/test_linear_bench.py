@@ -142,7 +142,7 @@ def rows_of(method: str, settings: longest.Longest, monkeypatch) -> list[dict]:
     found = longest.find_longest(settings, say=lambda _: None)["rows"]
     assert [row["ranks"] for row in found] == list(settings.ranks)
     for row in found:
-        assert 0.7 * settings.budget_bytes < row["peak_bytes"] <= settings.budget_bytes
+        assert 0.8 * settings.budget_bytes < row["peak_bytes"] <= settings.budget_bytes
     return found
 
 
@@ -154,10 +154,10 @@ def test_the_longest_sequence_of_linear_attention_grows_with_the_ranks(monkeypat
 
 @pytest.mark.slow
 def test_the_longest_sequence_of_a_ring_grows_where_keys_are_few(monkeypatch):
-    """What one rank does not hold is a kernel's gradient of q before it is added up: 1 of 5."""
+    """With fewer keys in a turn the scratch of the kernel shrinks, too."""
     settings = longest.Longest(budget_bytes=6 << 20, ranks=(1, 2, 4), groups=1, head_dim=32)
     for row in rows_of("ring attention", settings, monkeypatch):
-        assert row["linear"] >= 0.8
+        assert row["linear"] >= 0.9
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from hairpin.graph.export import packed_outputs, trace
 from hairpin.graph.known import Affine, Choice, Known, Value
 from hairpin.graph.meter import measure
 from hairpin.graph.simplify import simplify
+from marks import slow
 
 aten = torch.ops.aten
 needs_transformers = pytest.mark.skipif(
@@ -567,7 +568,7 @@ def assert_values_are_right(found):
 
 
 @needs_transformers
-@pytest.mark.parametrize("title", ["GPT-2 (sdpa)", "Llama and loss (sdpa)"])
+@pytest.mark.parametrize("title", [slow("GPT-2 (sdpa)"), "Llama and loss (sdpa)"])
 def test_language_models_attend_causally_without_a_mask(title):
     case, model, found = model_graph(title)
     calls = attention(found)
@@ -582,7 +583,7 @@ def test_language_models_attend_causally_without_a_mask(title):
 
 
 @needs_transformers
-@pytest.mark.parametrize("title", ["HF ViT (sdpa)", "HF ViT (eager)"])
+@pytest.mark.parametrize("title", ["HF ViT (sdpa)", slow("HF ViT (eager)")])
 def test_vision_transformers_have_no_mask(title):
     case, model, found = model_graph(title)
     assert all(call.get("attn_mask") is None for call in attention(found))
@@ -615,7 +616,7 @@ def test_a_mask_given_as_data_stays(variant):
 
 
 @needs_transformers
-@pytest.mark.parametrize("variant", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", ["sdpa", slow("eager")])
 def test_without_a_given_mask_none_is_left(variant):
     case, model, found = model_graph(f"ESM-2 ({variant})", {"attention_mask": None})
     assert all(call.get("attn_mask") is None for call in attention(found))
@@ -626,7 +627,7 @@ def test_without_a_given_mask_none_is_left(variant):
 
 
 @needs_transformers
-@pytest.mark.parametrize("title", ["GPT-2 (eager)", "Llama and loss (eager)"])
+@pytest.mark.parametrize("title", ["GPT-2 (eager)", slow("Llama and loss (eager)")])
 def test_eager_attention_keeps_its_causal_mask(title):
     case, model, found = model_graph(title)
     masks = [node for node in found.graph.nodes if node.target is aten.where.ScalarOther]

@@ -17,10 +17,12 @@ from hairpin.planning.axial.choose import Lengths, Manner, rehearse_block
 from hairpin.planning.axial.cost import Rehearsed, Speeds, predict, rehearse
 from hairpin.run.launch import launch
 from hairpin.run.profile import peak_cpu_bytes
+from marks import slow
 from planning.test_axial import WAYS, words_of
 
 S, R = 9, 42
-_SMALL = 16384  # bytes: to agree before they begin, and states of random numbers
+# Kept while rows in pieces are recomputed with the same draws; no operation makes it.
+_RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
 
 
 def stack(blocks=1, *, device="cpu", multimer=False):
@@ -41,9 +43,9 @@ def rehearsed(rank, world, words, *, backward):
     return rehearse(model, arguments("meta"), mesh, backward=backward)
 
 
-def check_counts(backward):
+def check_counts(backward, ways):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
-    for way in WAYS[2::4] if backward else WAYS[::2]:
+    for way in ways:
         words = words_of(way)
         model = stack().requires_grad_(backward)
         hp.parallelize(model, hp.plan_axial(mesh, **words), mesh)
@@ -62,12 +64,32 @@ def check_counts(backward):
         assert len(told.sent) == sent.collectives, way
         if not backward:
             peak = peak_cpu_bytes(step)
-            assert abs(told.peak_bytes - peak) <= _SMALL, (way, told.peak_bytes, peak)
+            assert peak - told.peak_bytes in {0, _RANDOM_STATE_BYTES}, (way, told.peak_bytes, peak)
 
 
-@pytest.mark.parametrize(("world", "backward"), [(4, False), (3, True)])
-def test_a_rehearsal_tells_what_each_rank_sends_and_holds(world, backward):
-    launch(check_counts, world, backward)
+@pytest.mark.parametrize(
+    ("world", "backward", "ways"),
+    [
+        (4, False, WAYS[4::3]),
+        (3, True, WAYS[6::4]),
+        slow(3, True, WAYS[::2]),
+        slow(4, False, WAYS[::2]),
+        slow(3, False, WAYS),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_a_rehearsal_tells_what_each_rank_sends_and_holds(world, backward, ways):
+    rehearsed(0, world, words_of(ways[0]), backward=False)  # so that not every rank imports
+    launch(check_counts, world, backward, ways)
+
+
+def test_the_traffic_of_a_rehearsal_is_what_the_played_rank_would_send():
+    mesh = RehearsalMesh(1, sp=3)
+    x = torch.empty(2, 9, device="meta")
+    hp.switch(x, hp.Layout("t/sp s", t=6, s=9), hp.Layout("t s/sp", t=6, s=9), mesh)
+    sent_bytes = 2 * (2 * 3) * 4  # a third of its part to each of the two others
+    assert [exchange.nbytes for exchange in mesh.sent] == [sent_bytes]
+    assert (mesh.traffic.bytes_sent, mesh.traffic.collectives) == (sent_bytes, 1)
 
 
 def test_fewer_bytes_than_published():
@@ -129,9 +151,9 @@ def test_all_to_all_has_its_own_speed():
 
 def chosen(link, **words):
     model = stack(device="meta")
-    topology = Topology.flat(8, link)
+    topology = Topology.flat(4, link)
     return hp.plan_axial(
-        hp.Mesh(sp=8), model, sequences=16, residues=64, topology=topology, **words
+        hp.Mesh(sp=4), model, sequences=16, residues=64, topology=topology, **words
     )
 
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import hairpin as hp
 from hairpin.errors import PlanError
 from hairpin.run.launch import launch
+from marks import slow
 from planning.toys import Along
 from planning.truth import Case, check, randomised, run, seeded, truths
 
@@ -114,7 +115,7 @@ SHARED = (
         {"first": "b t [s] c", "second": "b [t] s c"},
     ),
 )
-WORLDS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+WORLDS = pytest.mark.parametrize("ranks", [1, slow(2), 3, slow(4)])
 
 
 @WORLDS

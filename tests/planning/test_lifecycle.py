@@ -92,7 +92,7 @@ INTERLEAVED = (
 )
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, slow(4)])
 def test_two_shapes_before_their_backwards(ranks):
     check(INTERLEAVED, ranks)
 

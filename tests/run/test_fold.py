@@ -311,7 +311,7 @@ def test_the_count_of_a_split_model_is_what_its_first_rank_holds_and_sends(
     prediction, sent_bytes = found[0]
     assert need.sent_bytes == sent_bytes
     scratch_bytes = need.activation_bytes - prediction.peak_bytes  # of kernels, which no run sees
-    assert abs(scratch_bytes) < 0.01 * need.activation_bytes
+    assert 0 <= scratch_bytes < 0.005 * need.activation_bytes
     alone = fold_count.count(config, 23, rows=45, recycles=1)
     assert need.activation_bytes < 0.7 * alone.activation_bytes
     assert need.flops < 0.7 * alone.flops
@@ -442,7 +442,7 @@ def test_ranks_share_the_room_of_a_machine(files, monkeypatch):
 def test_no_room_is_an_error_with_what_would_fit(files, tiny, monkeypatch):
     target = read_fold_target(files / "one.fasta")
     monkeypatch.setattr(fold_estimate, "free_bytes", lambda _: 2**18)
-    monkeypatch.setattr(fold_count, "_NODES", (16, 24, 32, 48))
+    monkeypatch.setattr(fold_count, "_NODES", (16, 32))
     with pytest.raises(MemoryBudgetError, match=r"17 residues need .* about \d+ res") as got:
         fold_estimate.require_room(tiny.config, target, torch.device("cpu"), recycles=1)
     assert got.value.floor_bytes > 2**18

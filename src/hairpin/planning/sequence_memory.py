@@ -61,7 +61,8 @@ class _Held:
         by_heads, by_keys = ways(way.turns if way.places > 1 else 1, self.groups)
         of_heads = ceil(self.groups / by_heads) / self.groups
         self.turn_q = of_heads * self.q
-        self.turn_kv = of_heads * ceil(columns / by_keys) / columns * self.kv if columns else 0.0
+        self.turn_columns = ceil(columns / by_keys)
+        self.turn_kv = of_heads * self.turn_columns / columns * self.kv if columns else 0.0
 
     def peak_bytes(self) -> int:
         """The larger of what forward, backward and switching hold."""
@@ -97,7 +98,7 @@ class _Held:
     def _scratch(self) -> float:
         """A block's weights and their gradients; the output's gradient of some heads, copied."""
         rows = next(taken for least, taken in _SCRATCH_ROWS if self.rows >= least)
-        weights = 2 * rows * min(_SCRATCH_KEYS, self.columns) * self.wide
+        weights = 2 * rows * min(_SCRATCH_KEYS, self.turn_columns) * self.wide
         return weights + (self.turn_q * self.narrow if self.turn_q < self.q else 0)
 
     def _switching(self, given: float) -> float:
