@@ -131,8 +131,8 @@ class Link:
         control: bool,
     ) -> Wait:
         """Count what would be sent, and hold what would be held meanwhile."""
-        parts = [sends[peer].contiguous() for peer in self.peers()]
-        sizes = [part.nbytes for part in parts if part.numel()]
+        parts = [sends[peer].contiguous() for peer in self.peers() if sends[peer].numel()]
+        sizes = [part.nbytes for part in parts]
         for size in sizes:
             self._count(size, control=control)
         mesh.traffic.collectives += not control

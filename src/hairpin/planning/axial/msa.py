@@ -63,9 +63,11 @@ def _outer_last(
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", way.updated)
     m = _columns(block, _rows(block, m, bias, msa_mask, way), msa_mask, way)
+    mean = _outer_product_mean(block.outer_product_mean, m, msa_mask, way, way.updated)
     back = way.turn(m, "s r c", "r", leaves)
     z = turning.wait()
-    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, way.updated)
+    z = z + mean.wait()
+    del mean
     between = partial(advance, back)
     z, _ = pair_stack(block.pair_stack, z, pair_mask, way, way.updated, between)
     return back.wait(), z
@@ -82,8 +84,10 @@ def _outer_first(
 ) -> tuple[Tensor, Tensor]:
     """The multimer's order: pairs learn first, and their bias is of what they have learned."""
     msa_mask, pair_mask = masks
+    mean = _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "j")
     by_sequence = way.turn(m, "s r c", "r", "s")
-    z = z + _outer_product_mean(block.outer_product_mean, m, msa_mask, way, "j")
+    z = z + mean.wait()
+    del mean
     advance(by_sequence)
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", way.multiplied)
@@ -122,8 +126,8 @@ def _columns(block: Module, m: Tensor, mask: Tensor, way: Way) -> Tensor:
     return by_rows(rows, len(m), way).transpose(0, 1)
 
 
-def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held: str) -> Tensor:
-    """Suppl. Alg. 10, ``m`` held along r: the update ``[i, j, c_z]``, held along ``held``.
+def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held: str) -> Pending:
+    """Suppl. Alg. 10, ``m`` held along r: start the update ``[i, j, c_z]``, held along ``held``.
 
     The operand of the other dim is gathered, or its parts pass by.
     """
@@ -133,21 +137,28 @@ def _outer_product_mean(module: Module, m: Tensor, mask: Tensor, way: Way, held:
     crosses, _ = far(module.norm(m), mine)
     if way.passing == "gather" or way.degree == 1:
         coming = way.whole(crosses, "s r c", "r")
-        own, _ = near(module.norm(m), mine)
-        return _update(module, (own, mine), (coming.wait(), mask), way, held)
+
+        def gathered() -> Tensor:
+            own, _ = near(module.norm(m), mine)
+            return _update(module, (own, mine), (coming.wait(), mask), way, held)
+
+        return Pending(gathered)
 
     def update(rows: slice, part: Tensor, own: Tensor, own_mask: Tensor, mask: Tensor) -> Tensor:
         pair = [(own, own_mask), (part, mask[:, rows])]
         return module.update(*(pair if held == "i" else pair[::-1]))  # type: ignore[no-any-return]
 
-    return way.as_it_passes(
-        update,
-        crosses,
-        ("s r c", "r"),
-        near=(*near(module.norm(m), mine), mask),
-        dim=1 if held == "i" else 0,
-        parameters=tuple(module.output.parameters()),
-    )
+    def passed() -> Tensor:
+        return way.as_it_passes(
+            update,
+            crosses,
+            ("s r c", "r"),
+            near=(*near(module.norm(m), mine), mask),
+            dim=1 if held == "i" else 0,
+            parameters=tuple(module.output.parameters()),
+        )
+
+    return Pending(passed)
 
 
 def _update(module: Module, own: Operand, other: Operand, way: Way, held: str) -> Tensor:

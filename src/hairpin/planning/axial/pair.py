@@ -7,6 +7,7 @@ terms of its own third residues, and adds the terms up over the ranks. On a grid
 pairs are held along both dims, which is half the way from j to i.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -104,13 +105,20 @@ def _triangle_product(module: Module, z: Tensor, mask: Tensor, way: Way) -> Tens
     a, b = by_rows(
         lambda rows: torch.stack(module.operands(module.norm(z[rows]), mask[rows]), 1), len(z), way
     ).unbind(1)
-    x = _PRODUCTS[way.product](module.product, a, b, way).wait()
+    product = _PRODUCTS[way.product](module.product, a, b, way)
     del a, b
 
+    def gated(rows: slice) -> Tensor:
+        return module.gating_linear(module.norm(z[rows]))  # type: ignore[no-any-return]
+
+    gate = gated(slice(None)) if way.chunks == 1 else None  # behind what was started
+    x = product.wait()
+    del product
+
     def update(rows: slice) -> Tensor:
-        gate = module.gating_linear(module.norm(z[rows]))
         centred = module.center_norm(x[rows])
-        return kernels.gated_residual(module.output_projection(centred), gate=gate)
+        own = gated(rows) if gate is None else gate[rows]
+        return kernels.gated_residual(module.output_projection(centred), gate=own)
 
     return by_rows(update, len(z), way)
 
@@ -135,18 +143,20 @@ def _around(product: nn.Module, a: Tensor, b: Tensor, way: Line) -> Pending:
 
 def _by_channels(product: nn.Module, a: Tensor, b: Tensor, way: Line) -> Pending:
     """Channels do not meet in a product: each rank computes some of them, of all pairs."""
-    operands = zip(a.chunk(way.pieces, -1), b.chunk(way.pieces, -1), strict=True)
-    turning = [
-        (way.turn(left, "i j c", "i", "c"), way.turn(right, "i j c", "i", "c"))
-        for left, right in operands
-    ]
-    sizes = [part.shape[-1] for part in a.chunk(way.pieces, -1)]
-    back = []
-    for channels, (left, right) in zip(sizes, turning, strict=True):
-        whole = product(left.wait(), right.wait())
-        some = replace(way, lengths={**way.lengths, "c": channels})
-        back.append(some.turn(whole, "i j c", "c", "i"))
-    return Pending(lambda: torch.cat([part.wait() for part in back], -1))
+    coming = deque(
+        (left.shape[-1], way.turn(left, "i j c", "i", "c"), way.turn(right, "i j c", "i", "c"))
+        for left, right in zip(a.chunk(way.pieces, -1), b.chunk(way.pieces, -1), strict=True)
+    )
+
+    def done() -> Tensor:
+        back = []
+        while coming:
+            channels, left, right = coming.popleft()
+            some = replace(way, lengths={**way.lengths, "c": channels})
+            back.append(some.turn(product(left.wait(), right.wait()), "i j c", "c", "i"))
+        return torch.cat([part.wait() for part in back], -1)
+
+    return Pending(done)
 
 
 def _both_ways(product: nn.Module, a: Tensor, b: Tensor, way: Grid) -> Pending:
