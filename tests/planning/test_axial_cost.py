@@ -1,6 +1,5 @@
 """What a rehearsal reads off is what a rank does; the choice follows from it."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -35,18 +34,17 @@ def arguments(device="cpu"):
     return [torch.ones(shape, device=device) for shape in shapes]
 
 
-def rehearsed(rank, world, words, *, backward):
-    mesh = RehearsalMesh(rank, sp=world)
+def rehearsed(rank, degrees, words, *, backward):
+    mesh = RehearsalMesh(rank, **degrees)
     model = stack(device="meta")
     plan = hp.plan_axial(mesh, **words)
     attach_axial(model, AxialSplit(plan, mesh))
     return rehearse(model, arguments("meta"), mesh, backward=backward)
 
 
-def check_counts(backward, ways):
-    mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=30)
-    for way in ways:
-        words = words_of(way)
+def check_counts(degrees, backward, ways):
+    mesh = hp.init_mesh(**degrees, timeout_s=30)
+    for words in ways:
         model = stack().requires_grad_(backward)
         hp.parallelize(model, hp.plan_axial(mesh, **words), mesh)
         args = arguments()
@@ -59,12 +57,16 @@ def check_counts(backward, ways):
         before = mesh.traffic.snapshot()
         step()
         sent = mesh.traffic.since(before)
-        told = rehearsed(mesh.rank("sp"), mesh.world, words, backward=backward)
-        assert told.sent_bytes == sent.bytes_sent, way
-        assert len(told.sent) == sent.collectives, way
+        told = rehearsed(mesh.global_rank, degrees, words, backward=backward)
+        assert told.sent_bytes == sent.bytes_sent, words
+        assert len(told.sent) == sent.collectives, words
         if not backward:
             peak = peak_cpu_bytes(step)
-            assert peak - told.peak_bytes in {0, _RANDOM_STATE_BYTES}, (way, told.peak_bytes, peak)
+            assert peak - told.peak_bytes in {0, _RANDOM_STATE_BYTES}, (
+                words,
+                told.peak_bytes,
+                peak,
+            )
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,19 @@ def check_counts(backward, ways):
 )
 @pytest.mark.timeout(600)
 def test_a_rehearsal_tells_what_each_rank_sends_and_holds(world, backward, ways):
-    rehearsed(0, world, words_of(ways[0]), backward=False)  # so that not every rank imports
-    launch(check_counts, world, backward, ways)
+    words = [words_of(way) for way in ways]
+    rehearsed(0, {"sp": world}, words[0], backward=False)  # so that not every rank imports
+    launch(check_counts, world, {"sp": world}, backward, words)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "backward"),
+    [({"a": 2, "b": 2}, False), slow({"a": 1, "b": 3}, True), slow({"a": 3, "b": 2}, False)],
+)
+@pytest.mark.timeout(600)
+def test_a_rehearsal_of_a_grid_tells_as_much(degrees, backward):
+    words = [{"axis": ("a", "b"), "passing": passing} for passing in ("gather", "ring")]
+    launch(check_counts, degrees["a"] * degrees["b"], degrees, backward, words)
 
 
 def test_the_traffic_of_a_rehearsal_is_what_the_played_rank_would_send():
@@ -168,6 +181,23 @@ def test_slow_links_choose_the_fewest_bytes():
     assert "switch 'i/axis j c'" in text
 
 
+def test_on_a_grid_it_is_chosen_how_biases_pass():
+    mesh, model = hp.Mesh(a=2, b=2), stack(device="meta")
+    words = {"axis": ("a", "b"), "sequences": 16, "residues": 64}
+    fast = hp.plan_axial(mesh, model, **words)
+    assert {(c.manner.product, c.manner.passing) for c in fast.candidates} == {
+        ("grid", "gather"),
+        ("grid", "ring"),
+    }
+    held = {c.manner.passing: c.run.peak_bytes for c in fast.candidates}
+    assert held["ring"] < held["gather"]
+    small = hp.plan_axial(mesh, model, **words, memory=held["ring"])
+    assert (small.product, small.passing, small.degree) == ("grid", "ring", (2, 2))
+    assert "products by grid, biases by ring" in small.explain()
+    with pytest.raises(PlanError, match=r"topology is of 3 ranks .* has 4"):
+        hp.plan_axial(mesh, model, **words, topology=Topology.flat(3, Tier(0.0, 1.0)))
+
+
 def test_memory_leaves_out_what_holds_too_much():
     words = {"product": "channels", "pieces": 1}
     plan = chosen(Tier(0.0, 1e3), **words)
@@ -196,7 +226,7 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(PlanError, match="give the model"):
         hp.plan_axial(hp.Mesh(sp=2), memory="1GiB")
     topology = Topology.flat(3, Tier(0.0, 1e9))
-    with pytest.raises(PlanError, match="topology is of 3 ranks and axis 'sp' has 2"):
+    with pytest.raises(PlanError, match=r"topology is of 3 ranks and axis 'sp' has 2"):
         hp.plan_axial(hp.Mesh(sp=2), model, sequences=2, residues=3, topology=topology)
     with pytest.raises(PlanError, match="Linear has no stack"):
         hp.plan_axial(hp.Mesh(sp=2), torch.nn.Linear(1, 1), sequences=2, residues=3)

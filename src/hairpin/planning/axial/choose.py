@@ -10,8 +10,8 @@ from torch import nn
 
 from hairpin.comm.rehearsal import RehearsalMesh
 from hairpin.errors import MemoryBudgetError, PlanError
-from hairpin.layout import shard_size
 from hairpin.planning.axial.cost import Predicted, Rehearsed, Speeds, predict, rehearse
+from hairpin.planning.axial.grid import Grid
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.way import Line, Passing, Product, Way
 from hairpin.units import format_bytes, format_time
@@ -25,13 +25,13 @@ class Lengths:
     """What a rehearsal needs to know of a call.
 
     Attributes:
-        degree: ranks.
+        degree: ranks; or of a grid's rows and its columns.
         sequences: of the MSA; residues: of the protein.
         dtype: of m and z.
         backward: whether there is one.
     """
 
-    degree: int
+    degree: int | tuple[int, int]
     sequences: int
     residues: int
     dtype: torch.dtype = torch.float32
@@ -106,26 +106,28 @@ def candidates(
 
 def rehearse_block(block: Any, manner: Manner, lengths: Lengths) -> Rehearsed:
     """One Evoformer block, of the meta device, on the first rank."""
-    s, r, degree = lengths.sequences, lengths.residues, lengths.degree
-    mesh = RehearsalMesh(0, **{_AXIS: degree})
-    way = Line(
-        mesh=mesh,
-        axis=_AXIS,
-        lengths={"s": s, "r": r, "i": r, "j": r},
-        product=manner.product,
-        passing=manner.passing,
-        pieces=manner.pieces,
-        chunks=manner.chunks,
-    )
+    s, r = lengths.sequences, lengths.residues
+    way = _way(manner, lengths)
     c_m = block.msa_transition.norm.weight.shape[0]
     c_z = block.pair_stack.pair_transition.norm.weight.shape[0]
-    mine = {"s": shard_size(s, degree, 0), "r": shard_size(r, degree, 0)}
+    mine = {dim: len(range(n)[way.mine(dim)]) for dim, n in (("s", s), ("r", r))}
     rows, columns = (mine["s"], r) if arrives_along(block) == "s" else (s, mine["r"])
     shapes: list[tuple[int, ...]] = [(rows, columns, c_m), (r, mine["r"], c_z), (s, r), (r, r)]
     args = [torch.empty(shape, dtype=lengths.dtype, device="meta") for shape in shapes]
     for x in args[:2]:
         x.requires_grad_(lengths.backward)
-    return rehearse(_Block(block, way), args, mesh, backward=lengths.backward)
+    assert isinstance(way.mesh, RehearsalMesh)
+    return rehearse(_Block(block, way), args, way.mesh, backward=lengths.backward)
+
+
+def _way(manner: Manner, lengths: Lengths) -> Way:
+    """On the first rank of a rehearsal."""
+    s, r, degree = lengths.sequences, lengths.residues, lengths.degree
+    words: dict[str, Any] = {**vars(manner), "lengths": {"s": s, "r": r, "i": r, "j": r}}
+    if isinstance(degree, int):
+        return Line(mesh=RehearsalMesh(0, **{_AXIS: degree}), axis=_AXIS, **words)
+    mesh = RehearsalMesh(0, rows=degree[0], columns=degree[1])
+    return Grid(mesh=mesh, rows="rows", columns="columns", **words)
 
 
 def fastest(found: Sequence[Candidate], memory: int | str | None) -> Candidate:

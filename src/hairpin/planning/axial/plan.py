@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -193,32 +193,18 @@ def plan_axial(
                 "sequences, residues, topology and memory choose a way for a model: give the model"
             )
         return asked
-    if not isinstance(axis, str):
-        raise PlanError(
-            "a way is chosen over one axis; over a grid there is one: leave the model out"
-        )
-    degree = sizes[0]
     if sequences is None or residues is None:
         raise PlanError("a way is chosen for a size: give sequences=... and residues=...")
-    topology = Topology.flat(degree, _LINK) if topology is None else topology
-    if topology.ranks != degree:
+    topology = Topology.flat(asked.ranks, _LINK) if topology is None else topology
+    if topology.ranks != asked.ranks:
         raise PlanError(
-            f"the topology is of {topology.ranks} ranks and axis {axis!r} has {degree}; measure it "
-            "on this axis"
+            f"the topology is of {topology.ranks} ranks and axis {axis!r} has {asked.ranks}; "
+            "measure it on this axis"
         )
-    ways = [
-        Manner(*way)
-        for way in itertools.product(
-            get_args(LineProduct) if product is None else (product,),
-            get_args(Passing) if passing is None else (passing,),
-            _PIECES if pieces is None else (pieces,),
-            (1,) if chunks is None else (chunks,),
-        )
-    ]
     found = candidates(
         block_of(model, evoformer_stacks(model)),
-        [way for way in ways if way.passing == "gather" or way.pieces == ways[0].pieces],
-        Lengths(degree, sequences, residues, dtype, backward),
+        _ways(asked, product=product, passing=passing, pieces=pieces, chunks=chunks),
+        Lengths(asked.degree, sequences, residues, dtype, backward),
         Speeds.of(topology),
         None if memory is None else parse_bytes(memory),
         more_chunks=chunks is None,
@@ -232,3 +218,17 @@ def plan_axial(
         chunks=best.chunks,
         candidates=found,
     )
+
+
+def _ways(asked: AxialPlan, **given: Any) -> list[Manner]:
+    """All ways of what was not given; where biases pass by, pieces make no difference."""
+    is_line = isinstance(asked.axis, str)
+    kinds = {
+        "product": get_args(LineProduct) if is_line else ("grid",),
+        "passing": get_args(Passing),
+        "pieces": _PIECES if is_line else (1,),
+        "chunks": (1,),
+    }
+    several = [kinds[name] if choice is None else (choice,) for name, choice in given.items()]
+    ways = [Manner(*way) for way in itertools.product(*several)]
+    return [way for way in ways if way.passing == "gather" or way.pieces == ways[0].pieces]
