@@ -153,10 +153,12 @@ def within(
             return plan
         if held[-1] >= held[-2]:  # something else holds most
             break
+    where = "" if over.ranks == 1 else f" on each of {over.ranks} ranks"
+    more = "take more ranks" if over.ranks > 1 else "fold without --estimate: loops may reach lower"
     error = MemoryBudgetError(
         f"activations of {config.name} at {len(batch['aatype'])} residues do not fit into "
-        f"{format_bytes(budget_bytes)} on each of {over.ranks} ranks: chunks of rows reach "
-        f"{format_bytes(min(held))}; allow as much, or take more ranks"
+        f"{format_bytes(budget_bytes)}{where}: chunks of rows reach {format_bytes(min(held))}; "
+        f"allow as much, or {more}"
     )
     error.floor_bytes = min(held)
     raise error
