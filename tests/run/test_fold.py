@@ -457,6 +457,16 @@ def test_the_table_of_devices():
     assert fold_estimate.this_device().flops_per_s > 0
 
 
+def test_ranks_share_the_cores_of_a_machine(monkeypatch):
+    """As many threads for each as there are cores, and no less than one."""
+    monkeypatch.setattr(fold_estimate, "_product_flops_per_s", lambda threads: threads * 1e9)
+    monkeypatch.setattr(fold_estimate, "usable_cores", lambda: 6)
+    speeds = {n: fold_estimate.this_device(n).flops_per_s for n in (2, 3, 4, 12)}
+    once = fold_estimate._CPU_EFFICIENCY * 1e9
+    assert speeds == {2: 3 * once, 3: 2 * once, 4: once, 12: once / 2}
+    assert fold_estimate.this_device(2).name == "this CPU, 3 threads for each of 2 ranks"
+
+
 def test_presets_have_shapes_for_the_features_they_need():
     for config in (presets.tiny(), presets.tiny(multimer=True), presets.model_3()):
         network = fold_count._on_meta(fold_count._short(config, 1))

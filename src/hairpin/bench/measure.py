@@ -15,6 +15,7 @@ import torch.distributed as dist
 import hairpin
 from hairpin.bench.network import Wire
 from hairpin.comm.mesh import Mesh, init_mesh
+from hairpin.run.device import usable_cores
 
 TIMEOUT_S = 120.0
 
@@ -113,25 +114,18 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": cores(),
+        "cores": usable_cores(),
         "load_before": os.getloadavg()[0],
     }
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def foreign_load() -> str | None:
     """A warning where other programs keep the machine busy; None where it is quiet."""
-    load = os.getloadavg()[0]
-    if load < cores() / 2:
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load < cores / 2:
         return None
     return (
-        f"the machine is busy (load {load:.1f} on {cores()} cores): bytes are exact all the same, "
+        f"the machine is busy (load {load:.1f} on {cores} cores): bytes are exact all the same, "
         "times are noise"
     )
 

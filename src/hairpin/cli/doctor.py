@@ -130,7 +130,9 @@ def examine_devices() -> Iterator[Finding]:
 
 
 def _describe_cpu(threads: int) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from hairpin.run.device import usable_cores
+
+    cores = usable_cores()
     detail = f"{cores} cores, torch uses {threads} threads"
     try:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -294,9 +294,10 @@ def on_ranks(program: Callable[..., Any], ranks: int, *args: Any, **kwargs: Any)
 
     import torch
 
+    from hairpin.run.device import usable_cores
     from hairpin.run.launch import launch, launched, user_error, warm
 
-    threads = max(1, _cores() // ranks)
+    threads = max(1, usable_cores() // ranks)
     if launched():
         result = program(*args, **kwargs)
         _leave_group()
@@ -432,7 +433,3 @@ def _leave_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,3 +19,8 @@ def device_of(mesh: Mesh) -> torch.device:
     kind = mesh.device_mesh.device_type
     place = f":{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else ""
     return torch.device(kind + place)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

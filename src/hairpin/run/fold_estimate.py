@@ -15,6 +15,7 @@ from hairpin.models.alphafold.config import AlphaFoldConfig
 from hairpin.models.alphafold.recognise import config_from
 from hairpin.planning.axial.plan import AxialPlan
 from hairpin.proteins.pipeline import monomer_target
+from hairpin.run.device import usable_cores
 from hairpin.run.fold_count import ALONE, Curve, Need, Say, count, shapes_of, within
 from hairpin.run.fold_inputs import FoldTarget, read_fold_target, targets_in
 from hairpin.units import format_bytes, format_time, parse_bytes
@@ -182,18 +183,29 @@ def this_device(ranks: int = 1) -> Device:
     """This machine's processor: the memory that is free, and its speed at a matrix product.
 
     Args:
-        ranks: that share it; a rank has its part of both.
+        ranks: that share it; a rank has its part of the memory and of the cores, as
+            ``hairpin fold --ranks`` gives them.
     """
-    a = torch.ones(_WARM_SIZE, _WARM_SIZE)
-    a @ a
-    began = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    rate = 3 * 2 * _WARM_SIZE**3 / (time.perf_counter() - began)
-    threads = f"this CPU, {torch.get_num_threads()} threads"
-    name = threads if ranks == 1 else f"{threads}, {ranks} ranks"
+    cores = usable_cores()
+    threads = torch.get_num_threads() if ranks == 1 else max(1, cores // ranks)
+    name = f"this CPU, {threads} threads" + ("" if ranks == 1 else f" for each of {ranks} ranks")
     free = free_bytes(torch.device("cpu")) // ranks
-    return Device(name, free, rate * _CPU_EFFICIENCY / ranks)
+    share = 1.0 if ranks == 1 else min(1.0, cores / (ranks * threads))
+    return Device(name, free, _product_flops_per_s(threads) * share * _CPU_EFFICIENCY)
+
+
+def _product_flops_per_s(threads: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.ones(_WARM_SIZE, _WARM_SIZE)
+        a @ a
+        began = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        return 3 * 2 * _WARM_SIZE**3 / (time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
 
 
 def free_bytes(device: torch.device) -> int:
