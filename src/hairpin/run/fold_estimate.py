@@ -132,13 +132,13 @@ def table(found: FoldEstimate) -> str:
     }
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     width = max(26, *(len(row.device) + 2 for row in found.rows))
+    headings = f"{'memory':>12}  {'fits':<6}{'time, estimate':>15}{'longest that fits':>20}"
     lines = [
         f"{found.target}: {sizes}, {found.model}, {need.recycles} recycles, float32",
         f"{format_bytes(need.total_bytes)}: {listed}; {need.flops / 1e12:.1f} TFLOP",
         *_parts(need),
         "",
-        f"{'device':<{width}}{'memory':>12}  {'fits':<6}{'time, estimate':>15}"
-        f"{'longest that fits':>20}",
+        f"{'device':<{width}}{headings}",
     ]
     for row in found.rows:
         fits, spent = ("yes", format_time(row.time_s)) if row.fits else ("no", "")
