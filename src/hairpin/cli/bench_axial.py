@@ -228,29 +228,17 @@ def _percent(share: float | None) -> str:
 def _print_scaling(scaling: dict[str, Any]) -> None:
     if not scaling["rows"]:
         return
-    headings = (
-        "",
-        "devices",
-        "dap",
-        "published",
-        "predicted",
-        "off by",
-        "calibrated",
-        "off by",
-        " ",
-    )
+    headings = ("", "ranks, dap", "published", "predicted", "off by", "calibrated", "off by")
     table = new_table("published, and predicted", headings, least=_LEAST)
     for row in scaling["rows"]:
         table.add_row(
             f"{row['system']}, {row['what']}",
-            str(row["devices"]),
-            str(row["dap"]),
+            f"{row['devices']}, {row['dap']}",
             f"{row['published']:g} {row['unit']}",
             f"{row['uncalibrated']:.3g}",
             f"{row['uncalibrated_error']:+.0%}",
             f"{row['calibrated']:.3g}",
-            f"{row['calibrated_error']:+.0%}",
-            "calibrated here" if row.get("calibrated_on") else "",
+            "on this" if row.get("calibrated_on") else f"{row['calibrated_error']:+.0%}",
         )
     _show(table)
     for line in (*scaling["assumptions"], *scaling["not_predicted"]):
