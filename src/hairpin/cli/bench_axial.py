@@ -229,7 +229,7 @@ def _print_scaling(scaling: dict[str, Any]) -> None:
     if not scaling["rows"]:
         return
     headings = ("", "ranks, dap", "published", "predicted", "off by", "calibrated", "off by")
-    table = new_table("published, and predicted", headings, least=_LEAST)
+    table = new_table("published, and predicted", headings, least=_LEAST - 3)
     for row in scaling["rows"]:
         table.add_row(
             f"{row['system']}, {row['what']}",
