@@ -6,6 +6,7 @@ run again later, as activation checkpointing makes it.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from hairpin.errors import DisagreementError, PlanError
 from hairpin.planning.axial.grid import Grid
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.pair import pair_stack
+from hairpin.planning.axial.pieces import by_rows
 from hairpin.planning.axial.plan import AxialPlan
-from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks
+from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks, template_attentions
 from hairpin.planning.axial.way import Line, Way
 from hairpin.planning.routes import drop_hooks
 
@@ -167,6 +169,26 @@ class _PairStack(_Forward):
         return pair_stack(self.module, z, mask, way, self.arrives)[0]
 
 
+@dataclass(eq=False)
+class _TemplateAttention(_Forward):
+    """Pairs ``[i j, 1, c]`` to their templates ``memory[i j, t, c_t]``: a rank has its own pairs."""
+
+    @eager
+    def __call__(self, query: Tensor, mask: Tensor, *, memory: Tensor) -> Tensor:
+        r = math.isqrt(len(query))
+        way, module = self.split.way(r), self.module
+        q = way.part(query.view(r, r, -1), "i j c", "i")
+        templates = way.part(memory.view(r, r, *memory.shape[1:]), "i j t c", "i")
+
+        def update(rows: slice) -> Tensor:
+            x = q[rows].flatten(0, 1)[:, None]
+            out = type(module).forward(module, x, mask, memory=templates[rows].flatten(0, 1))
+            return out.view(-1, r, out.shape[-1])  # type: ignore[no-any-return]
+
+        whole = way.whole(by_rows(update, len(q), way), "i j c", "i").wait()
+        return whole.flatten(0, 1)[:, None]
+
+
 def _leaves(stack: Any, split: AxialSplit) -> str:
     """How pairs are held after a block of them."""
     kind = Line if isinstance(split.plan.axis, str) else Grid
@@ -174,7 +196,7 @@ def _leaves(stack: Any, split: AxialSplit) -> str:
 
 
 def attach_axial(model: nn.Module, split: AxialSplit) -> nn.Module:
-    """Split every Evoformer, extra MSA and template pair stack of ``model``.
+    """Split every stack of ``model``, and the attention of pairs to their templates.
 
     Raises:
         PlanError: it has none.
@@ -221,4 +243,5 @@ def _stand_ins(model: nn.Module, split: AxialSplit) -> list[_Forward]:
         found += [
             _PairStack(b, split, held) for b, held in zip(stack.blocks, arrives, strict=False)
         ]
+    found += [_TemplateAttention(attention, split) for attention in template_attentions(model)]
     return found

@@ -18,6 +18,13 @@ def pair_stacks(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _all_have(module, _PAIR)]
 
 
+def template_attentions(model: nn.Module) -> list[Any]:
+    """Attention of every pair to its templates alone; a model for complexes has none."""
+    embedders = [module for module in model.modules() if hasattr(module, "template_pair_stack")]
+    found = [getattr(embedder, "attention", None) for embedder in embedders]
+    return [attention for attention in found if isinstance(attention, nn.Module)]
+
+
 def _all_have(module: nn.Module, names: tuple[str, ...]) -> bool:
     blocks = getattr(module, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
