@@ -153,14 +153,14 @@ def test_checkpointed_blocks_run_again_alike(kind, mode):
 # -------------------------------------------------------------------------------- the whole model
 
 
-def built(*, multimer):
+def built(*, multimer, residues=11):
     config = presets.tiny(multimer=multimer)
     config = replace(config, data=replace(config.data, max_msa_clusters=6))
     torch.manual_seed(0)
     model = randomize(AlphaFold(config)).double()
     if multimer:
         model.sampling = FirstRows(config.data)
-    return model, random_features(config, residues=11)
+    return model, random_features(config, residues=residues)
 
 
 def whole_model(model, features, *, train):
@@ -174,11 +174,11 @@ def whole_model(model, features, *, train):
     return truth.Result([o.detach().clone() for o in outputs], [], grads)
 
 
-def check_model(multimer, train, words):
+def check_model(multimer, train, words, residues=11):
     mesh = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=60)
-    model, features = built(multimer=multimer)
+    model, features = built(multimer=multimer, residues=residues)
     wanted = whole_model(model, features, train=train)
-    model, features = built(multimer=multimer)
+    model, features = built(multimer=multimer, residues=residues)
     hp.parallelize(model, hp.plan_axial(mesh, **words), mesh)
     got = whole_model(model, features, train=train)
     hp.sync_grads(model, mesh)
@@ -191,6 +191,10 @@ def check_model(multimer, train, words):
 def test_the_whole_model_is_that_of_one_process(multimer, world):
     words = {"product": "ring", "passing": "ring"} if world == 3 else {"product": "channels"}
     launch(check_model, world, multimer, world == 2, words)
+
+
+def test_the_whole_model_of_fewer_residues_than_ranks():
+    launch(check_model, 4, False, False, {"chunks": 2}, 3)
 
 
 # -------------------------------------------------------------------------------------- lifecycle

@@ -171,7 +171,7 @@ class _PairStack(_Forward):
 
 @dataclass(eq=False)
 class _TemplateAttention(_Forward):
-    """Pairs ``[i j, 1, c]`` to their templates ``memory[i j, t, c_t]``: a rank has its own pairs."""
+    """Pairs ``[i j, 1, c]`` to their templates ``memory[i j, t, c_t]``; a rank has its own."""
 
     @eager
     def __call__(self, query: Tensor, mask: Tensor, *, memory: Tensor) -> Tensor:
@@ -181,9 +181,10 @@ class _TemplateAttention(_Forward):
         templates = way.part(memory.view(r, r, *memory.shape[1:]), "i j t c", "i")
 
         def update(rows: slice) -> Tensor:
-            x = q[rows].flatten(0, 1)[:, None]
-            out = type(module).forward(module, x, mask, memory=templates[rows].flatten(0, 1))
-            return out.view(-1, r, out.shape[-1])  # type: ignore[no-any-return]
+            x = q[rows]
+            own = templates[rows].flatten(0, 1)
+            out = type(module).forward(module, x.flatten(0, 1)[:, None], mask, memory=own)
+            return out.view(len(x), r, out.shape[-1])  # type: ignore[no-any-return]
 
         whole = way.whole(by_rows(update, len(q), way), "i j c", "i").wait()
         return whole.flatten(0, 1)[:, None]
