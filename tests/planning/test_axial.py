@@ -32,7 +32,7 @@ WAYS = [
 ]
 WORDS = ("product", "passing", "pieces", "chunks")
 
-SIZES = {"uneven": (7, 13), "tiny": (2, 3), "one": (1, 1)}
+SIZES = {"uneven": (7, 13), "tiny": (2, 3), "one": (1, 1), "large": (7, 41)}
 
 
 class PairsOnly(nn.Module):
