@@ -6,16 +6,14 @@ example, the others another one.
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 import hairpin as hp
 from hairpin.models.alphafold import presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
 from hairpin.run.launch import launch
 from marks import slow
+from planning.test_data_parallel import ddp, fsdp, fsdp_over_dp, plain
 from planning.truth import loss_of, randomised, require_close, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
@@ -48,31 +46,6 @@ def truth():
 @pytest.fixture(scope="module")
 def wanted():
     return launch(truth, 1)[0]
-
-
-def plain(model, mesh):
-    return model, lambda: hp.sync_grads(model, mesh)
-
-
-def ddp(model, mesh):
-    return DistributedDataParallel(model), lambda: None
-
-
-def fsdp(model, mesh):
-    """Over all ranks."""
-    flat = dist.device_mesh.init_device_mesh("cpu", (mesh.world,), mesh_dim_names=("all",))
-    for block in model.blocks:
-        fully_shard(block, mesh=flat)
-    return fully_shard(model, mesh=flat), lambda: None
-
-
-def fsdp_over_dp(model, mesh):
-    """Over dp alone; the shards are then averaged over the ranks that split a stack."""
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh.device_mesh["dp"])
-    fully_shard(model, mesh=mesh.device_mesh["dp"])
-    axes = [axis for axis in mesh.axes if axis != "dp"]
-    return model, lambda: hp.sync_grads(model, mesh, axes=axes)
 
 
 def step(wrap, degrees, words, wanted):

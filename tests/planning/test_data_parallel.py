@@ -52,11 +52,12 @@ def fsdp(model, mesh):
 
 
 def fsdp_over_dp(model, mesh):
-    """FSDP2 over dp alone; the shards are then averaged over sp."""
+    """FSDP2 over dp alone; the shards are then averaged over the other axes."""
     for block in model.blocks:
         fully_shard(block, mesh=mesh.device_mesh["dp"])
     fully_shard(model, mesh=mesh.device_mesh["dp"])
-    return model, lambda: hp.sync_grads(model, mesh, axes=["sp"])
+    axes = [axis for axis in mesh.axes if axis != "dp"]
+    return model, lambda: hp.sync_grads(model, mesh, axes=axes)
 
 
 def whole(tensor):
