@@ -1,5 +1,6 @@
 """What a rehearsal reads off is what a rank does; the choice follows from it."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import hairpin as hp
 from hairpin.comm.rehearsal import RehearsalMesh, Sent, Work
 from hairpin.comm.topology import Tier, Topology
+from hairpin.comm.transport import Link
 from hairpin.errors import MemoryBudgetError, MeshError, PlanError
 from hairpin.models.alphafold import presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
@@ -103,6 +105,16 @@ def test_the_traffic_of_a_rehearsal_is_what_the_played_rank_would_send():
     sent_bytes = 2 * (2 * 3) * 4  # a third of its part to each of the two others
     assert [exchange.nbytes for exchange in mesh.sent] == [sent_bytes]
     assert (mesh.traffic.bytes_sent, mesh.traffic.collectives) == (sent_bytes, 1)
+
+
+def test_a_rehearsal_holds_nothing_for_ranks_that_get_nothing():
+    x = torch.empty(6, 9)
+    storage = weakref.ref(x.untyped_storage())
+    nothing = [torch.empty(0)] * 3
+    wait = Link(RehearsalMesh(0, sp=3), "sp").exchange([x[:0]] * 3, nothing, what="nothing")
+    del x
+    assert storage() is None
+    wait()
 
 
 def test_fewer_bytes_than_published():

@@ -65,7 +65,6 @@ class _Work(TorchDispatchMode):
         super().__init__()
         self.label = ""
         self.spans: list[Event] = []
-        self._end_ns = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
