@@ -35,7 +35,7 @@ def test_interleave_takes_turns_and_turns_begin_with_each():
 @pytest.mark.parametrize(("load", "busy"), [(0.1, False), (3.0, True)])
 def test_a_busy_machine_is_told(monkeypatch, load, busy):
     monkeypatch.setattr(measure.os, "getloadavg", lambda: (load, 0, 0))
-    monkeypatch.setattr(measure, "cores", lambda: 2)
+    monkeypatch.setattr(measure, "usable_cores", lambda: 2)
     warning = measure.foreign_load()
     assert (warning is not None) == busy
     if busy:
