@@ -95,6 +95,18 @@ def test_models_are_plain(module):
     assert "torch.distributed" not in MODULES[module].read_text()
 
 
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.startswith("hairpin.planning.") and m.count(".") > 2]
+)
+def test_folders_of_planning_do_not_see_each_other(module):
+    """What joins two of them lies beside them."""
+    folder = module.split(".")[2]
+    for imported in imports(module):
+        _, room, *path = imported.split(".")
+        other = room == "planning" and len(path) > 1 and path[0] != folder
+        assert not other, f"{module} imports {imported}"
+
+
 def test_modules_import_one_another_without_cycles():
     """Take away modules that import nothing left, or that nothing left imports: none may stay."""
     left = {module: set(imports(module)) - {module} for module in MODULES if module != "hairpin"}

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from hairpin.planning.fitted import estimate
     from hairpin.planning.make import plan
     from hairpin.planning.plan import Plan
-    from hairpin.planning.routes import Route
-    from hairpin.planning.seam import Seam
-    from hairpin.planning.sequence import SequencePlan, plan_sequence
-    from hairpin.planning.sequence_work import AttentionShape
+    from hairpin.planning.sequence.plan import SequencePlan, plan_sequence
+    from hairpin.planning.sequence.routes import Route
+    from hairpin.planning.sequence.work import AttentionShape
+    from hairpin.planning.split.seam import Seam
     from hairpin.run.profile import profile
     from hairpin.run.trace import trace
 
 _HOMES = {
-    "AttentionShape": "hairpin.planning.sequence_work",
+    "AttentionShape": "hairpin.planning.sequence.work",
     "AxialPlan": "hairpin.planning.axial.plan",
     "BlockSparse": "hairpin.exchange.mask",
     "HairpinError": "hairpin.errors",
@@ -52,9 +52,9 @@ _HOMES = {
     "Order": "hairpin.exchange.order",
     "Pending": "hairpin.comm.pending",
     "Plan": "hairpin.planning.plan",
-    "Route": "hairpin.planning.routes",
-    "Seam": "hairpin.planning.seam",
-    "SequencePlan": "hairpin.planning.sequence",
+    "Route": "hairpin.planning.sequence.routes",
+    "Seam": "hairpin.planning.split.seam",
+    "SequencePlan": "hairpin.planning.sequence.plan",
     "SequenceSplit": "hairpin.exchange.split",
     "Topology": "hairpin.comm.topology",
     "all_reduce": "hairpin.comm.verbs",
@@ -71,7 +71,7 @@ _HOMES = {
     "plan": "hairpin.planning.make",
     "plan_axial": "hairpin.planning.axial.plan",
     "plan_of": "hairpin.planning.apply",
-    "plan_sequence": "hairpin.planning.sequence",
+    "plan_sequence": "hairpin.planning.sequence.plan",
     "profile": "hairpin.run.profile",
     "reduce_scatter": "hairpin.comm.verbs",
     "scatter": "hairpin.comm.verbs",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hairpin as hp
-from hairpin.planning.blocks import overview
+from hairpin.planning.loops.blocks import overview
 from planning.looping import WIDE, Block, Calls, looped, pairs, planned
 
 

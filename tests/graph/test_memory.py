@@ -7,7 +7,7 @@ from torch import nn
 
 from hairpin.graph.export import trace
 from hairpin.graph.memory import flow_of
-from hairpin.planning.emit import emit
+from hairpin.planning.loops.emit import emit
 from hairpin.run.profile import peak_cpu_bytes
 from planning.looping import WIDE, Block, Calls, pairs
 

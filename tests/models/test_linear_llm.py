@@ -9,7 +9,7 @@ from torch import nn
 from hairpin.errors import RecipeError
 from hairpin.kernels.routed import GatedLinearAttention
 from hairpin.models.linear_llm import ATTENDS, ROUTED, LinearLLM, LinearLLMConfig, tiny
-from hairpin.planning.seam import match_table
+from hairpin.planning.split.seam import match_table
 
 
 @pytest.fixture

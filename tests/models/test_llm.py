@@ -12,7 +12,7 @@ from hairpin.errors import RecipeError
 from hairpin.kernels.routed import SoftmaxAttention
 from hairpin.models.llm import ATTENDS, IGNORED, LLM, ROUTED, LLMConfig, tiny, token_losses
 from hairpin.models.llm.model import rotary_angles, rotate
-from hairpin.planning.seam import match_table
+from hairpin.planning.split.seam import match_table
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hairpin.errors import DataError, RecipeError
 from hairpin.kernels.routed import SoftmaxAttention
 from hairpin.models.vit import ATTENDS, BLOCKS, ROUTED, ViT, ViTConfig, digits, photos, tiny
 from hairpin.models.vit.model import resize_positions, sincos_positions, to_patches
-from hairpin.planning.seam import match_table
+from hairpin.planning.split.seam import match_table
 
 FILM = replace(tiny(), patch=(2, 3, 3), size=(4, 9, 9), channels=24)
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from hairpin.errors import TraceError
 from hairpin.graph.export import Traced, packed_outputs, trace
 from hairpin.graph.memory import Flow, flow_of
-from hairpin.planning.emit import EmissionError, Region, emit
-from hairpin.planning.regions import Candidate, boundaries, candidates
+from hairpin.planning.loops.emit import EmissionError, Region, emit
+from hairpin.planning.loops.regions import Candidate, boundaries, candidates
 
 WIDE = torch.float64
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.graph.export import trace
-from hairpin.planning.apart import Apart
-from hairpin.planning.search import Search
+from hairpin.planning.loops.apart import Apart
+from hairpin.planning.loops.search import Search
 
 LENGTH, WIDTH, HEADS = 96, 32, 4
 

@@ -18,8 +18,8 @@ from hairpin.models.axial3d.seams import ATTENDS as AXIAL3D
 from hairpin.models.third_party.latte import ATTENDS as LATTE
 from hairpin.models.third_party.msa_transformer import ATTENDS as MSA
 from hairpin.models.video_dit.seams import ATTENDS as VIDEO_DIT
-from hairpin.planning.derive import derive_attends
-from hairpin.planning.seam import match_table
+from hairpin.planning.split.derive import derive_attends
+from hairpin.planning.split.seam import match_table
 from planning.test_models import HALVED, MODELS
 from planning.toys import axial_case, video_case
 from planning.truth import Arguments, Case, check, randomised, seeded

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import hairpin as hp
 from hairpin.errors import DisagreementError, HairpinError
 from hairpin.layout import Layout
-from hairpin.planning.dropout import drop
+from hairpin.planning.split.dropout import drop
 from hairpin.run.launch import launch
 from marks import slow
 from planning.toys import ATTENDS, Along, Video, video_arguments

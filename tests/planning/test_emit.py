@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hairpin.graph.export import packed_outputs, trace
 from hairpin.graph.memory import flow_of
-from hairpin.planning.emit import Region, emit
-from hairpin.planning.regions import Seed
+from hairpin.planning.loops.emit import Region, emit
+from hairpin.planning.loops.regions import Seed
 from planning.looping import WIDE, Block, Calls, pairs
 
 

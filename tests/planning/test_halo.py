@@ -9,8 +9,8 @@ import hairpin as hp
 from hairpin.graph.axes import Span
 from hairpin.graph.export import packed_outputs, trace
 from hairpin.graph.halo import bounds, has_halo
-from hairpin.planning.emit import Region, emit
-from hairpin.planning.search import Search
+from hairpin.planning.loops.emit import Region, emit
+from hairpin.planning.loops.search import Search
 from hairpin.run.profile import peak_cpu_bytes
 from planning.looping import WIDE, try_regions
 

@@ -6,7 +6,7 @@ import torch
 import hairpin as hp
 from hairpin.bench.evoformer import EvoformerBlock, Size, randomise
 from hairpin.errors import MemoryBudgetError, PlanError
-from hairpin.planning.derive import derive_attends
+from hairpin.planning.split.derive import derive_attends
 from hairpin.run.launch import launch
 from hairpin.run.profile import peak_cpu_bytes
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hairpin as hp
 from hairpin.errors import PlanError
-from hairpin.planning.stamp import stamp
+from hairpin.planning.loops.stamp import stamp
 from planning.looping import WIDE, Block, Stack, difference, looped, planned
 
 X = torch.randn(2, 48, 8, dtype=WIDE, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.graph.export import trace
-from hairpin.planning.search import Search
+from hairpin.planning.loops.search import Search
 
 LENGTH, HEADS = 256, 4
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import hairpin as hp
 from hairpin.graph.export import trace
-from hairpin.planning.emit import Region, emit
-from hairpin.planning.graphs import Graphs
-from hairpin.planning.program import make_program
-from hairpin.planning.search import Search
+from hairpin.planning.loops.emit import Region, emit
+from hairpin.planning.loops.graphs import Graphs
+from hairpin.planning.loops.program import make_program
+from hairpin.planning.loops.search import Search
 from hairpin.planning.speeds import Speeds
 
 

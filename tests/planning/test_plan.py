@@ -11,7 +11,7 @@ import hairpin as hp
 from hairpin.layout import Layout
 from hairpin.models import axial3d, video_dit
 from hairpin.models.video_dit.model import VideoDiT, tiny
-from hairpin.planning.cost import Costs, sent_bytes_by_rank
+from hairpin.planning.split.cost import Costs, sent_bytes_by_rank
 from planning.toys import ATTENDS, Axial, Video, axial_attends
 from planning.truth import seeded
 

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map_only
 from hairpin.errors import MemoryBudgetError
 from hairpin.graph.export import trace
 from hairpin.graph.memory import flow_of
-from hairpin.planning.program import make_program
-from hairpin.planning.regions import Seed, axis_length, candidates, seeds, walk
-from hairpin.planning.search import Search
+from hairpin.planning.loops.program import make_program
+from hairpin.planning.loops.regions import Seed, axis_length, candidates, seeds, walk
+from hairpin.planning.loops.search import Search
 from hairpin.planning.speeds import Speeds
 from marks import slow
 from planning.looping import LAYERS, WIDE, Calls, mixed, try_regions
@@ -160,7 +160,7 @@ def test_a_loop_runs_at_lengths_that_were_not_traced(seed):
 @pytest.mark.parametrize("name", ["Evoformer block", "Pairformer", "GPT-2", "ESM-2", "ViT"])
 def test_every_region_of_third_party_blocks_computes_the_same(name):
     from hairpin.bench import zoo
-    from hairpin.planning.blocks import overview
+    from hairpin.planning.loops.blocks import overview
 
     pytest.importorskip("transformers")
     case = next(case for case in zoo.cases() if name.lower() in case.title.lower())

@@ -14,8 +14,8 @@ from hairpin.exchange.api import attention
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.split import SequenceSplit
-from hairpin.planning.sequence_cost import Candidate, candidates, explain, price
-from hairpin.planning.sequence_work import AttentionShape, count_work
+from hairpin.planning.sequence.cost import Candidate, candidates, explain, price
+from hairpin.planning.sequence.work import AttentionShape, count_work
 from hairpin.run.launch import launch
 
 FREE = Tier(0.0, math.inf)

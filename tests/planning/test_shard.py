@@ -10,8 +10,8 @@ import torch
 import hairpin as hp
 from hairpin.layout import shard_size
 from hairpin.models import axial3d
-from hairpin.planning.cost import Costs
-from hairpin.planning.shard import cheapest_path
+from hairpin.planning.split.cost import Costs
+from hairpin.planning.split.shard import cheapest_path
 from planning.toys import Axial, axial_attends
 
 FAR = 10**9

@@ -8,8 +8,8 @@ import torch
 
 from hairpin.planning import speeds as module
 from hairpin.planning.cache import Cache
-from hairpin.planning.choose import best_chunk, cost_s, largest_chunk
-from hairpin.planning.regions import Candidate, Seed
+from hairpin.planning.loops.choose import best_chunk, cost_s, largest_chunk
+from hairpin.planning.loops.regions import Candidate, Seed
 from hairpin.planning.speeds import Speeds, in_words, measure_speeds, speeds_of
 
 REGION = Candidate(

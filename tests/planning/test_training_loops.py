@@ -13,10 +13,10 @@ from hairpin.bench import evoformer
 from hairpin.errors import MemoryBudgetError, PlanError, TraceError
 from hairpin.graph.export import trace
 from hairpin.graph.meter import measure
-from hairpin.planning.masks import keyed_dropout, mask
-from hairpin.planning.search import Search
+from hairpin.planning.loops.masks import keyed_dropout, mask
+from hairpin.planning.loops.search import Search
+from hairpin.planning.loops.training import TrainingProgram, make_training_program
 from hairpin.planning.speeds import Speeds
-from hairpin.planning.training import TrainingProgram, make_training_program
 from hairpin.run import profile
 
 _SMALL = evoformer.Size(

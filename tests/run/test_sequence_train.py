@@ -22,8 +22,8 @@ from hairpin.errors import (
     SequenceError,
 )
 from hairpin.models.vit import ViTConfig
-from hairpin.planning.sequence import plan_sequence
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.plan import plan_sequence
+from hairpin.planning.sequence.work import AttentionShape
 from hairpin.run import checkpoint, metrics
 from hairpin.run.four_d import stage_blocks
 from hairpin.run.launch import RankFailure, launch, user_error, warm

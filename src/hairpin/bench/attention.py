@@ -32,9 +32,9 @@ from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.places import Places
 from hairpin.exchange.split import Schedule, SequenceSplit
-from hairpin.planning.sequence import split_of
-from hairpin.planning.sequence_cost import Candidate, candidates
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.cost import Candidate, candidates
+from hairpin.planning.sequence.plan import split_of
+from hairpin.planning.sequence.work import AttentionShape
 from hairpin.run.launch import launch, warm
 from hairpin.units import parse_rate
 

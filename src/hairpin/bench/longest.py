@@ -26,8 +26,8 @@ from hairpin.errors import MemoryBudgetError
 from hairpin.exchange.api import attention
 from hairpin.exchange.linear import linear_attention
 from hairpin.exchange.mask import Mask
-from hairpin.planning.sequence import plan_sequence
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.plan import plan_sequence
+from hairpin.planning.sequence.work import AttentionShape
 from hairpin.run.launch import launch
 from hairpin.units import format_bytes
 

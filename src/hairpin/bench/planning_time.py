@@ -19,7 +19,7 @@ from hairpin.bench.steps import Say, one_thread
 from hairpin.bench.zoo import Case, Inputs
 from hairpin.errors import HairpinError, MemoryBudgetError
 from hairpin.planning.cache import VARIABLE
-from hairpin.planning.program import Program
+from hairpin.planning.loops.program import Program
 
 SHARES = (0.3, 0.5, 0.7)  # of the model's own peak; the first that can be met is planned for
 OFFSETS = (-1, -3, -5, -7, -11, -13, -17, 1, 3, 5)  # from the planned lengths

@@ -16,7 +16,7 @@ from hairpin.errors import HairpinError, MeshError, OutputError, PlanError
 
 if TYPE_CHECKING:
     from hairpin.planning.plan import Plan
-    from hairpin.planning.seam import Attends, Seam
+    from hairpin.planning.split.seam import Attends, Seam
 
 Build = Annotated[
     str,
@@ -312,7 +312,7 @@ def load_table(source: str) -> "Attends":
 
 
 def _seam(module: str, value: Any, source: str) -> "str | Seam | Mapping[str, str]":
-    from hairpin.planning.seam import Seam
+    from hairpin.planning.split.seam import Seam
 
     if isinstance(value, str) or (module == "" and isinstance(value, Mapping)):
         return value

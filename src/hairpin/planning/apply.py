@@ -22,15 +22,16 @@ from hairpin.comm.mesh import Mesh, as_mesh
 from hairpin.comm.verbs import Grad
 from hairpin.errors import LayoutError, PlanError
 from hairpin.layout import Pattern, solve_sizes
-from hairpin.planning.attachment import Attachment, LiveMover, Sizes
 from hairpin.planning.axial.attach import AxialSplit, attach_axial, axial_plan_of, detach_axial
 from hairpin.planning.axial.plan import AxialPlan
-from hairpin.planning.dropout import GlobalDropout
-from hairpin.planning.looped import attach_loops, detach_loops
+from hairpin.planning.hooks import drop_hooks
+from hairpin.planning.loops.looped import attach_loops, detach_loops
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
-from hairpin.planning.routes import Route, drop_hooks, route, unroute
-from hairpin.planning.seam import bind, manner, stream_name
-from hairpin.planning.sequence import SequencePlan
+from hairpin.planning.sequence.plan import SequencePlan
+from hairpin.planning.sequence.routes import Route, route, unroute
+from hairpin.planning.split.attachment import Attachment, LiveMover, Sizes
+from hairpin.planning.split.dropout import GlobalDropout
+from hairpin.planning.split.seam import bind, manner, stream_name
 
 
 @dataclass(eq=False)

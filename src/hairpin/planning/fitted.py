@@ -15,15 +15,15 @@ from torch._subclasses.fake_tensor import (
 from hairpin.errors import PlanError
 from hairpin.graph.meter import measure
 from hairpin.planning.apply import attach, detach
-from hairpin.planning.attachment import Attachment
-from hairpin.planning.blocks import forward_bytes
-from hairpin.planning.budget import Fitted, Progress, fit
-from hairpin.planning.budget_training import fit_training
 from hairpin.planning.example import Example, as_example, plainly
-from hairpin.planning.loops import block_loops
+from hairpin.planning.loops.blocks import forward_bytes
+from hairpin.planning.loops.budget import Fitted, Progress, fit
+from hairpin.planning.loops.budget_training import fit_training
+from hairpin.planning.loops.data import block_loops
 from hairpin.planning.plan import Plan, fingerprint
-from hairpin.planning.rehearse import RehearsalMover
 from hairpin.planning.speeds import Speeds, speeds_of
+from hairpin.planning.split.attachment import Attachment
+from hairpin.planning.split.rehearse import RehearsalMover
 
 
 def plan_loops(

@@ -17,11 +17,9 @@ from hairpin.graph.dims import Fault, differing, first_fault
 from hairpin.graph.trace import Shape
 from hairpin.layout import Layout, Pattern, shard_sizes, solve_sizes
 from hairpin.planning.apply import require_bare
-from hairpin.planning.budget import Progress
-from hairpin.planning.cost import Costs, sent_bytes, sent_bytes_by_rank, share
-from hairpin.planning.derive import derive_attends
 from hairpin.planning.example import Example, as_example
 from hairpin.planning.fitted import plan_loops, with_loops
+from hairpin.planning.loops.budget import Progress
 from hairpin.planning.plan import (
     CarriedTensor,
     DropoutSite,
@@ -31,10 +29,12 @@ from hairpin.planning.plan import (
     Stage,
     fingerprint,
 )
-from hairpin.planning.rehearse import Run, StageCall, rehearse
 from hairpin.planning.remembered import remembered
-from hairpin.planning.seam import Attends, Seam, Table, match_table
-from hairpin.planning.shard import Cost, cheapest_path
+from hairpin.planning.split.cost import Costs, sent_bytes, sent_bytes_by_rank, share
+from hairpin.planning.split.derive import derive_attends
+from hairpin.planning.split.rehearse import Run, StageCall, rehearse
+from hairpin.planning.split.seam import Attends, Seam, Table, match_table
+from hairpin.planning.split.shard import Cost, cheapest_path
 from hairpin.units import parse_bytes
 
 _IDLE_S = (

@@ -16,8 +16,8 @@ from torch import nn
 
 from hairpin.errors import LayoutError, OutputError, PlanError
 from hairpin.layout import Pattern
-from hairpin.planning.loops import BlockLoops, explain_loops, loops_from, names_of
-from hairpin.planning.seam import Seam
+from hairpin.planning.loops.data import BlockLoops, explain_loops, loops_from, names_of
+from hairpin.planning.split.seam import Seam
 from hairpin.units import format_bytes, format_time
 
 VERSION = 2

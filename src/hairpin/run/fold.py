@@ -24,7 +24,7 @@ from hairpin.models.alphafold.model import AlphaFold
 from hairpin.models.alphafold.recognise import config_from
 from hairpin.planning.apply import detach, parallelize
 from hairpin.planning.axial.attach import AxialSplit
-from hairpin.planning.budget import Progress
+from hairpin.planning.loops.budget import Progress
 from hairpin.planning.make import plan
 from hairpin.proteins import metrics
 from hairpin.proteins.metrics import Violations

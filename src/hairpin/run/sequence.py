@@ -18,8 +18,8 @@ from hairpin.exchange.mask import Mask
 from hairpin.exchange.stream import take
 from hairpin.models.vit.model import patches_along
 from hairpin.planning.apply import parallelize
-from hairpin.planning.sequence import Method, SequencePlan, plan_sequence
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.plan import Method, SequencePlan, plan_sequence
+from hairpin.planning.sequence.work import AttentionShape
 from hairpin.run import checkpoint
 from hairpin.run.data.text import TokenBatch
 from hairpin.run.device import device_of

@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from hairpin.graph.meter import Meter, Timeline, measure
 from hairpin.planning.apply import attach, detach, parallelize, require_bare
-from hairpin.planning.attachment import Attachment
 from hairpin.planning.example import Example, as_example
-from hairpin.planning.looped import attach_loops
+from hairpin.planning.loops.looped import attach_loops
 from hairpin.planning.plan import Plan
-from hairpin.planning.rehearse import RehearsalMover
+from hairpin.planning.split.attachment import Attachment
+from hairpin.planning.split.rehearse import RehearsalMover
 
 BACKWARD = " (backward)"  # ends the label of what a module's backward holds
 _TAG = "hairpin module"

@@ -7,7 +7,7 @@ import torch
 
 from hairpin.layout import Pattern
 from hairpin.models.alphafold import ATTENDS, TEMPLATE_ATTENDS, AlphaFold, presets
-from hairpin.planning.seam import bind, match_table, stream_name
+from hairpin.planning.split.seam import bind, match_table, stream_name
 from trunk_oracle import random_features, randomize
 
 TABLE = {**ATTENDS, **TEMPLATE_ATTENDS}

@@ -25,7 +25,7 @@ from hairpin.planning.axial.pieces import by_rows
 from hairpin.planning.axial.plan import AxialPlan
 from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks, template_attentions
 from hairpin.planning.axial.way import Line, Way
-from hairpin.planning.routes import drop_hooks
+from hairpin.planning.hooks import drop_hooks
 
 
 @dataclass(frozen=True)

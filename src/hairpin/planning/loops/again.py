@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hairpin.graph.lengths import alike
-from hairpin.planning.masks import keyed_dropout
+from hairpin.planning.loops.masks import keyed_dropout
 
 _PRODUCTS = frozenset({torch.ops.aten.linear.default, torch.ops.aten.addmm.default})
 _BATCHED = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.bmm.default})

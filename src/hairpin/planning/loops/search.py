@@ -8,12 +8,12 @@ from typing import Any
 from hairpin.graph.concrete import concrete
 from hairpin.graph.export import Traced
 from hairpin.graph.memory import Flow, flow_of
-from hairpin.planning.apart import Apart
-from hairpin.planning.choose import Bottleneck, bottleneck, floor_bytes
-from hairpin.planning.emit import EmissionError, Region
-from hairpin.planning.nested import nested
-from hairpin.planning.regions import Candidate, boundaries, candidates
-from hairpin.planning.rewrite import Reorder, Rewrite
+from hairpin.planning.loops.apart import Apart
+from hairpin.planning.loops.choose import Bottleneck, bottleneck, floor_bytes
+from hairpin.planning.loops.emit import EmissionError, Region
+from hairpin.planning.loops.nested import nested
+from hairpin.planning.loops.regions import Candidate, boundaries, candidates
+from hairpin.planning.loops.rewrite import Reorder, Rewrite
 
 _ORDERS = 4  # of a graph, tried against one bottleneck
 _MOST_REWRITES = 24  # from a graph's own order

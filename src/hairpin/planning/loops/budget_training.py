@@ -17,14 +17,14 @@ from hairpin.errors import MemoryBudgetError, TraceError
 from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.leaf import NotALeaf, OtherCall
 from hairpin.graph.meter import Timeline, measure
-from hairpin.planning.blocks import Group, overview
-from hairpin.planning.budget import Fitted, Progress
 from hairpin.planning.example import Example, plainly
-from hairpin.planning.program import Program
-from hairpin.planning.search import Search
+from hairpin.planning.loops.blocks import Group, overview
+from hairpin.planning.loops.budget import Fitted, Progress
+from hairpin.planning.loops.program import Program
+from hairpin.planning.loops.search import Search
+from hairpin.planning.loops.stamp import stamp
+from hairpin.planning.loops.training import Around, TrainingProgram, make_training_program
 from hairpin.planning.speeds import Speeds
-from hairpin.planning.stamp import stamp
-from hairpin.planning.training import Around, TrainingProgram, make_training_program
 from hairpin.units import format_bytes
 
 _MOST_STEPS = 2000  # of the code around blocks; a search of more would take minutes

@@ -20,9 +20,9 @@ from hairpin.exchange.mask import Mask
 from hairpin.exchange.order import Kind, Order
 from hairpin.exchange.split import Schedule, SequenceSplit
 from hairpin.exchange.stream import put_together, take
-from hairpin.planning.sequence_cost import Candidate, candidates, explain, fewest_turns
-from hairpin.planning.sequence_memory import Way, held_bytes
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.cost import Candidate, candidates, explain, fewest_turns
+from hairpin.planning.sequence.memory import Way, held_bytes
+from hairpin.planning.sequence.work import AttentionShape
 from hairpin.units import format_bytes, parse_bytes
 
 Method = Literal[

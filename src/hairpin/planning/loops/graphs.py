@@ -20,8 +20,8 @@ from hairpin.graph.leaf import NotALeaf, OtherCall
 from hairpin.graph.lengths import hints
 from hairpin.graph.memory import flow_of
 from hairpin.graph.sink import sink
-from hairpin.planning.blocks import Group, Overview, all_real, can_run_really, overview
 from hairpin.planning.example import Example
+from hairpin.planning.loops.blocks import Group, Overview, all_real, can_run_really, overview
 
 Progress = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hairpin.comm.eager import eager
 from hairpin.kernels.random import uniform
 from hairpin.layout import Layout, Pattern, shard_offset, solve_sizes
-from hairpin.planning.attachment import Attachment
 from hairpin.planning.plan import DropoutSite
+from hairpin.planning.split.attachment import Attachment
 
 Places = Mapping[str, tuple[int, int]]
 

@@ -24,14 +24,14 @@ from hairpin.exchange.order import Kind
 from hairpin.exchange.split import Schedule
 from hairpin.exchange.turns import ways
 from hairpin.layout import shard_sizes
-from hairpin.planning.sequence_memory import (
+from hairpin.planning.sequence.memory import (
     Way,
     held_bytes,
     keys_needed,
     place_lengths,
     wide_bytes,
 )
-from hairpin.planning.sequence_work import Array, AttentionShape, Counts, count_work
+from hairpin.planning.sequence.work import Array, AttentionShape, Counts, count_work
 from hairpin.units import format_bytes, format_time
 
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 10  # per score and channel

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hairpin.graph.memory import Flow
-from hairpin.planning.choose import Choice
-from hairpin.planning.program import Program
-from hairpin.planning.regions import axis_span
-from hairpin.planning.rewrite import Rewrite, rewrite_from
+from hairpin.planning.loops.choose import Choice
+from hairpin.planning.loops.program import Program
+from hairpin.planning.loops.regions import axis_span
+from hairpin.planning.loops.rewrite import Rewrite, rewrite_from
 from hairpin.units import format_bytes, format_time
 
 

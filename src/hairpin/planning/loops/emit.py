@@ -26,9 +26,9 @@ from hairpin.graph.halo import (
 )
 from hairpin.graph.lengths import hints, same_size
 from hairpin.graph.memory import Flow, Step, flow_of, inplace, may_alias, operands, same_layout
-from hairpin.planning.loop import Loop, Out
-from hairpin.planning.masks import draw_seed, keyed_dropout, keyed_native_dropout
-from hairpin.planning.regions import Seed, Walk, axis_span, fits, reusable, seed_length, walk
+from hairpin.planning.loops.loop import Loop, Out
+from hairpin.planning.loops.masks import draw_seed, keyed_dropout, keyed_native_dropout
+from hairpin.planning.loops.regions import Seed, Walk, axis_span, fits, reusable, seed_length, walk
 
 
 class EmissionError(Exception):

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hairpin.errors import PlanError
 from hairpin.graph.axes import Span
 from hairpin.graph.halo import has_halo, part
-from hairpin.planning.again import Again, Totals, again
+from hairpin.planning.loops.again import Again, Totals, again
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ turn of one unit is searched for regions as a block is.
 from dataclasses import replace
 
 from hairpin.graph.memory import Flow
-from hairpin.planning.choose import bottleneck
-from hairpin.planning.emit import EmissionError, Region, body_of
-from hairpin.planning.regions import Candidate, Inside, boundaries, candidates
+from hairpin.planning.loops.choose import bottleneck
+from hairpin.planning.loops.emit import EmissionError, Region, body_of
+from hairpin.planning.loops.regions import Candidate, Inside, boundaries, candidates
 
 
 def nested(flow: Flow, candidate: Candidate) -> Candidate | None:

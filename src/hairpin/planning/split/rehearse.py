@@ -21,10 +21,10 @@ from hairpin.graph.dims import Fault
 from hairpin.graph.trace import OpCall, Recording, Shape, fake_inputs, recording
 from hairpin.layout import Layout
 from hairpin.planning.apply import attach, detach
-from hairpin.planning.attachment import Attachment
 from hairpin.planning.example import Example, plainly
 from hairpin.planning.plan import Plan
-from hairpin.planning.seam import Table, bind, manner, stream_name
+from hairpin.planning.split.attachment import Attachment
+from hairpin.planning.split.seam import Table, bind, manner, stream_name
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hairpin.errors import PlanError, TraceError
 from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.leaf import Call
-from hairpin.planning.budget import fit
-from hairpin.planning.budget_training import fit_training
 from hairpin.planning.example import Example
-from hairpin.planning.graphs import Graphs
-from hairpin.planning.loops import BlockLoops
-from hairpin.planning.program import Program, make_program, restored
-from hairpin.planning.search import Search
-from hairpin.planning.stamp import stamp
-from hairpin.planning.training import TrainingProgram, make_training_program
+from hairpin.planning.loops.budget import fit
+from hairpin.planning.loops.budget_training import fit_training
+from hairpin.planning.loops.data import BlockLoops
+from hairpin.planning.loops.graphs import Graphs
+from hairpin.planning.loops.program import Program, make_program, restored
+from hairpin.planning.loops.search import Search
+from hairpin.planning.loops.stamp import stamp
+from hairpin.planning.loops.training import TrainingProgram, make_training_program
 
 _LESS = 0.9  # of a budget, tried next where what was found keeps too much
 _log = logging.getLogger(__name__)

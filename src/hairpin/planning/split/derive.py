@@ -28,8 +28,8 @@ from hairpin.graph.trace import fake_inputs
 from hairpin.layout import Pattern
 from hairpin.planning.example import Example, as_example, plainly
 from hairpin.planning.plan import CarriedTensor, Plan, Stage
-from hairpin.planning.rehearse import quiet_fakes, rehearse
-from hairpin.planning.seam import Attends, Seam, Table, bind, match_table
+from hairpin.planning.split.rehearse import quiet_fakes, rehearse
+from hairpin.planning.split.seam import Attends, Seam, Table, bind, match_table
 
 Groups = tuple[Group, ...]
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from hairpin.errors import MemoryBudgetError
 from hairpin.graph.meter import Held
-from hairpin.planning.blocks import Group
 from hairpin.planning.example import Example
-from hairpin.planning.graphs import Graphs, Progress, block_steps
-from hairpin.planning.program import Program, make_program
-from hairpin.planning.search import Search
+from hairpin.planning.loops.blocks import Group
+from hairpin.planning.loops.graphs import Graphs, Progress, block_steps
+from hairpin.planning.loops.program import Program, make_program
+from hairpin.planning.loops.search import Search
+from hairpin.planning.loops.stamp import stamp
 from hairpin.planning.speeds import Speeds
-from hairpin.planning.stamp import stamp
 from hairpin.units import format_bytes
 
 __all__ = ["Fitted", "Progress", "fit"]

@@ -25,13 +25,13 @@ from hairpin.errors import MemoryBudgetError, TraceError
 from hairpin.graph.export import Traced, packed_outputs
 from hairpin.graph.memory import Flow, Step
 from hairpin.graph.meter import Meter, Timeline, fake_inputs, measure
-from hairpin.planning.again import is_hollow, is_product
-from hairpin.planning.choose import Choice
-from hairpin.planning.emit import EmissionError, Emitted, emit
-from hairpin.planning.loop import Loop
-from hairpin.planning.program import Program, region_of
-from hairpin.planning.regions import Candidate, Walk, flops, walk
-from hairpin.planning.search import Search
+from hairpin.planning.loops.again import is_hollow, is_product
+from hairpin.planning.loops.choose import Choice
+from hairpin.planning.loops.emit import EmissionError, Emitted, emit
+from hairpin.planning.loops.loop import Loop
+from hairpin.planning.loops.program import Program, region_of
+from hairpin.planning.loops.regions import Candidate, Walk, flops, walk
+from hairpin.planning.loops.search import Search
 from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hairpin.graph.memory import Flow
-from hairpin.planning.regions import CACHED_BYTES, FRESH_BYTES, Candidate
+from hairpin.planning.loops.regions import CACHED_BYTES, FRESH_BYTES, Candidate
 from hairpin.planning.speeds import Speeds
 
 

@@ -16,8 +16,8 @@ from hairpin.graph.concrete import computed
 from hairpin.graph.export import Traced
 from hairpin.graph.halo import has_halo
 from hairpin.graph.memory import Flow, Step, flow_of, tensors
-from hairpin.planning.emit import SIZES
-from hairpin.planning.regions import flops
+from hairpin.planning.loops.emit import SIZES
+from hairpin.planning.loops.regions import flops
 
 
 @dataclass(frozen=True)

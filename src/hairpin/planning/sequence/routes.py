@@ -26,7 +26,8 @@ from hairpin.exchange.port import Qkv
 from hairpin.exchange.stream import put_together, take
 from hairpin.kernels.random import uniform
 from hairpin.kernels.routed import GatedLinearAttention, SoftmaxAttention
-from hairpin.planning.mixing import (
+from hairpin.planning.hooks import drop_hooks
+from hairpin.planning.sequence.mixing import (
     FEWEST,
     NoAnswer,
     Probe,
@@ -35,7 +36,7 @@ from hairpin.planning.mixing import (
     find_mixing,
     some_positions,
 )
-from hairpin.planning.sequence import SequencePlan
+from hairpin.planning.sequence.plan import SequencePlan
 
 _MARK = "_hairpin_route"
 _NAME = "hairpin"  # of the attention implementation in transformers
@@ -162,22 +163,6 @@ def _take_off(model: nn.Module) -> None:
             named: Any = module
             if _is_transformers(module) and named.config._attn_implementation == _NAME:
                 named.set_attn_implementation(attachment.before)
-
-
-def drop_hooks(module: nn.Module, is_ours: Callable[[object], bool]) -> None:
-    """Remove the forward hooks of a module that are ours."""
-    registries: list[list[dict[int, Any]]] = [
-        [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs],
-        [
-            module._forward_hooks,
-            module._forward_hooks_with_kwargs,
-            module._forward_hooks_always_called,
-        ],
-    ]
-    for hooks, *flags in registries:
-        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
-            for registry in (hooks, *flags):
-                registry.pop(key, None)
 
 
 class Attached:

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from hairpin.graph.concrete import computed
 from hairpin.graph.export import Traced
 from hairpin.graph.memory import Flow, flow_of, tensors
-from hairpin.planning.apart import Apart
-from hairpin.planning.emit import EmissionError, Region
-from hairpin.planning.regions import Seed, Walk, walk
+from hairpin.planning.loops.apart import Apart
+from hairpin.planning.loops.emit import EmissionError, Region
+from hairpin.planning.loops.regions import Seed, Walk, walk
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from hairpin.graph.leaf import BlockCall, state
 from hairpin.graph.lengths import compiled, hint
 from hairpin.graph.memory import Flow, flow_of
 from hairpin.graph.meter import Meter, Timeline, measure
-from hairpin.planning.choose import (
+from hairpin.planning.loops.choose import (
     Choice,
     best_chunk,
     cheapest,
 )
-from hairpin.planning.emit import EmissionError, Emitted, Region, body_of, emit
-from hairpin.planning.loop import Loop
-from hairpin.planning.regions import (
+from hairpin.planning.loops.emit import EmissionError, Emitted, Region, body_of, emit
+from hairpin.planning.loops.loop import Loop
+from hairpin.planning.loops.regions import (
     Candidate,
     Seed,
     Walk,
@@ -31,8 +31,8 @@ from hairpin.planning.regions import (
     sized,
     walk,
 )
-from hairpin.planning.rewrite import rewritten
-from hairpin.planning.search import Search
+from hairpin.planning.loops.rewrite import rewritten
+from hairpin.planning.loops.search import Search
 from hairpin.planning.speeds import Speeds
 from hairpin.units import format_bytes
 
@@ -341,7 +341,7 @@ def restored(traced: Traced, loops: Any) -> Program:
     """The program that a plan's description of loops stands for: no search, no certificate.
 
     Args:
-        loops: a :class:`~hairpin.planning.loops.BlockLoops` for exactly this graph.
+        loops: a :class:`~hairpin.planning.loops.data.BlockLoops` for exactly this graph.
     """
     traced = rewritten(traced, loops.rewrites)
     flow = flow_of(traced.graph)

@@ -11,7 +11,7 @@ from hairpin.exchange.order import Kind, Order
 from hairpin.exchange.split import Schedule
 from hairpin.exchange.turns import ways
 from hairpin.layout import shard_offset, shard_size
-from hairpin.planning.sequence_work import AttentionShape
+from hairpin.planning.sequence.work import AttentionShape
 
 _STATE_BYTES = 4  # of an element of a float32 state, as wide as the inputs at least
 _SCRATCH_KEYS = 512  # torch's kernel takes blocks of so many keys

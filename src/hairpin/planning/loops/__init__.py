@@ -1,0 +1,1 @@
+"""Loops over chunks: what brings a model under a budget of bytes."""

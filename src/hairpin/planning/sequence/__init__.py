@@ -1,0 +1,1 @@
+"""One long sequence over ranks: how attention along it is routed, and what that costs."""

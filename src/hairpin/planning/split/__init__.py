@@ -1,0 +1,1 @@
+"""Splits: the seam table, the search for the cheapest, and what carries one out."""
