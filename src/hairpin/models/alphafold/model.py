@@ -151,10 +151,7 @@ class AlphaFold(nn.Module):
         self, batch: Batch, previous: Previous, pair_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Lines 5 to 16: ``m[s, r, c_m], z[i, j, c_z], msa_mask[s, r]``, template rows last."""
-        m, z = self.input_embedder(batch)
-        row, pair = self.recycling_embedder(batch["aatype"], *previous)
-        m = torch.cat([m[:1] + row, m[1:]])
-        z = z + pair
+        m, z = self._from_features(batch, previous)
         if self.templates:
             z = z + self.template_embedder(z, batch, pair_mask)
 
@@ -166,6 +163,12 @@ class AlphaFold(nn.Module):
             rows, rows_mask = self.template_rows(batch)
             m, msa_mask = torch.cat([m, rows]), torch.cat([msa_mask, rows_mask])
         return m, z, msa_mask
+
+    def _from_features(self, batch: Batch, previous: Previous) -> tuple[Tensor, Tensor]:
+        """Lines 5 and 6: ``m[s, r, c_m], z[i, j, c_z]``; what they are made of ends here."""
+        m, z = self.input_embedder(batch)
+        row, pair = self.recycling_embedder(batch["aatype"], *previous)
+        return torch.cat([m[:1] + row, m[1:]]), z + pair
 
     def _start(self, batch: Batch) -> Previous:
         residues = len(batch["aatype"])

@@ -7,6 +7,7 @@ run again later, as activation checkpointing makes it.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,16 @@ from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.pair import pair_stack
 from hairpin.planning.axial.pieces import by_rows
 from hairpin.planning.axial.plan import AxialPlan
-from hairpin.planning.axial.stacks import evoformer_stacks, pair_stacks, template_attentions
+from hairpin.planning.axial.stacks import (
+    evoformer_stacks,
+    extra_msas,
+    pair_stacks,
+    template_attentions,
+)
 from hairpin.planning.axial.way import Line, Way
 from hairpin.planning.hooks import drop_hooks
+
+_EXTRA = ("extra_msa", "extra_has_deletion", "extra_deletion_value")  # features of an extra MSA
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,33 @@ class _Forward:
 
 
 @dataclass(eq=False)
+class _ExtraEmbedder(_Forward):
+    """Whole features ``[s, r]`` to this rank's part of ``m[s, r, c]``; the stack takes it so."""
+
+    held: str
+
+    @eager
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        sequences, residues = batch[_EXTRA[0]].shape
+        way, module = self.split.way(residues, sequences), self.module
+        own = {name: way.part(batch[name], "s r", self.held) for name in _EXTRA}
+
+        def embedded(rows: slice) -> Tensor:
+            some = {name: feature[rows] for name, feature in own.items()}
+            return type(module).forward(module, {**batch, **some})  # type: ignore[no-any-return]
+
+        return by_rows(embedded, len(own[_EXTRA[0]]), way)
+
+
+@dataclass(eq=False)
 class _EvoformerStack(_Forward):
-    """``m[s, r, c], z[i, j, c]`` and whole masks, to the same; ``m`` is None of an extra stack."""
+    """``m[s, r, c], z[i, j, c]`` and whole masks, to the same; ``m`` is None of an extra stack.
+
+    Attributes:
+        takes_part: of ``m``, not the whole.
+    """
+
+    takes_part: bool = False
 
     @eager
     def __call__(
@@ -116,8 +149,9 @@ class _EvoformerStack(_Forward):
         blocks, split = self.module.blocks, self.split
         if not len(blocks):
             return m, z
-        way = split.way(m.shape[1], m.shape[0])
-        m = way.part(m, "s r c", arrives_along(blocks[0]))
+        way = split.way(*reversed(msa_mask.shape))
+        if not self.takes_part:
+            m = way.part(m, "s r c", arrives_along(blocks[0]))
         z = way.part(z, "i j c", "j")
         for block in blocks:
             m, z = block(m, z, msa_mask, pair_mask)
@@ -144,7 +178,13 @@ class _EvoformerBlock(_Forward):
 
 @dataclass(eq=False)
 class _TemplateStack(_Forward):
-    """``t[i, j, c]`` and a whole mask, to the same."""
+    """``t[i, j, c]`` and a whole mask, to the same.
+
+    Attributes:
+        gives_part: held along i; the whole if not.
+    """
+
+    gives_part: bool = False
 
     @eager
     def __call__(self, t: Tensor, mask: Tensor) -> Tensor:
@@ -153,8 +193,10 @@ class _TemplateStack(_Forward):
         t = way.part(t, "i j c", "i")
         for block in blocks:
             t = block(t, mask)
-        t = self.module.output_layer_norm(t)
-        return way.whole(t, "i j c", _leaves(blocks[-1], split)).wait()
+        t, held = self.module.output_layer_norm(t), _leaves(blocks[-1], split)
+        if not self.gives_part:
+            return way.whole(t, "i j c", held).wait()
+        return t if held == "i" else way.turn(t, "i j c", held, "i").wait()
 
 
 @dataclass(eq=False)
@@ -171,14 +213,14 @@ class _PairStack(_Forward):
 
 @dataclass(eq=False)
 class _TemplateAttention(_Forward):
-    """Pairs ``[i j, 1, c]`` to their templates ``memory[i j, t, c_t]``; a rank has its own."""
+    """Pairs ``[i j, 1, c]`` to their templates; ``memory[i j, t, c_t]`` is this rank's part."""
 
     @eager
     def __call__(self, query: Tensor, mask: Tensor, *, memory: Tensor) -> Tensor:
         r = math.isqrt(len(query))
         way, module = self.split.way(r), self.module
         q = way.part(query.view(r, r, -1), "i j c", "i")
-        templates = way.part(memory.view(r, r, *memory.shape[1:]), "i j t c", "i")
+        templates = memory.view(len(q), r, *memory.shape[1:])
 
         def update(rows: slice) -> Tensor:
             x = q[rows]
@@ -235,14 +277,20 @@ def axial_plan_of(model: nn.Module) -> AxialPlan | None:
 def _stand_ins(model: nn.Module, split: AxialSplit) -> list[_Forward]:
     """What stacks and their blocks are to run instead of their forwards."""
     found: list[_Forward] = []
+    extra = extra_msas(model)
+    for embedder, stack in extra:
+        found.append(_ExtraEmbedder(embedder, split, arrives_along(stack.blocks[0])))
     for stack in evoformer_stacks(model):
-        found.append(_EvoformerStack(stack, split))
+        takes_part = any(stack is one for _, one in extra)
+        found.append(_EvoformerStack(stack, split, takes_part))
         found += [_EvoformerBlock(b, split, last=b is stack.blocks[-1]) for b in stack.blocks]
+    attended = template_attentions(model)
     for stack in pair_stacks(model):
-        found.append(_TemplateStack(stack, split))
+        gives_part = any(stack is one for one, _ in attended)
+        found.append(_TemplateStack(stack, split, gives_part))
         arrives = ["i", *(_leaves(block, split) for block in stack.blocks)]
         found += [
             _PairStack(b, split, held) for b, held in zip(stack.blocks, arrives, strict=False)
         ]
-    found += [_TemplateAttention(attention, split) for attention in template_attentions(model)]
+    found += [_TemplateAttention(attention, split) for _, attention in attended]
     return found

@@ -18,11 +18,27 @@ def pair_stacks(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _all_have(module, _PAIR)]
 
 
-def template_attentions(model: nn.Module) -> list[Any]:
-    """Attention of every pair to its templates alone; a model for complexes has none."""
-    embedders = [module for module in model.modules() if hasattr(module, "template_pair_stack")]
-    found = [getattr(embedder, "attention", None) for embedder in embedders]
-    return [attention for attention in found if isinstance(attention, nn.Module)]
+def template_attentions(model: nn.Module) -> list[tuple[Any, Any]]:
+    """A stack of templates, and the attention of every pair to them, which alone reads it.
+
+    A model for complexes has none: it adds its templates.
+    """
+    stacks = pair_stacks(model)
+    pairs = [
+        (getattr(module, "template_pair_stack", None), getattr(module, "attention", None))
+        for module in model.modules()
+    ]
+    return [(stack, attention) for stack, attention in pairs if attention and stack in stacks]
+
+
+def extra_msas(model: nn.Module) -> list[tuple[Any, Any]]:
+    """What embeds an extra MSA, row by row, and the stack that alone reads it."""
+    pairs = [
+        (getattr(module, "extra_msa_embedder", None), getattr(module, "extra_msa_stack", None))
+        for module in model.modules()
+    ]
+    stacks = evoformer_stacks(model)
+    return [(embedder, stack) for embedder, stack in pairs if embedder and stack in stacks]
 
 
 def _all_have(module: nn.Module, names: tuple[str, ...]) -> bool:
