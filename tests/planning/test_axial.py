@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hairpin as hp
+from hairpin.comm.rehearsal import RehearsalMesh
 from hairpin.errors import DisagreementError, PlanError
 from hairpin.models.alphafold import AlphaFold, presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
@@ -191,6 +192,39 @@ def check_model(multimer, train, words, residues=11):
 def test_the_whole_model_is_that_of_one_process(multimer, world):
     words = {"product": "ring", "passing": "ring"} if world == 3 else {"product": "channels"}
     launch(check_model, world, multimer, world == 2, words)
+
+
+def held_while_it_runs(multimer, degrees):
+    """Shapes that a rank of a rehearsal makes of the extra MSA and of each template."""
+    mesh, axes = RehearsalMesh(0, **degrees), tuple(degrees)
+    model, features = built(multimer=multimer)
+    plan = hp.plan_axial(mesh, axis=axes if len(axes) > 1 else axes[0])
+    hp.parallelize(model, plan, mesh)
+    stack = model.template_embedder.template_pair_stack
+    shapes = {}
+
+    def watch(name, module):
+        def note(module, args, out):
+            shapes.setdefault(name, tuple(out.shape))
+
+        module.register_forward_hook(note)
+
+    watch("extra", model.extra_msa_embedder)
+    watch("template", stack)
+    model(features, recycles=0)
+    return shapes, features
+
+
+@pytest.mark.parametrize("degrees", [{"sp": 4}, {"rows": 2, "columns": 2}])
+def test_what_one_stack_alone_reads_is_whole_on_no_rank(degrees):
+    """11 residues on 4 ranks: 3 on the first, which holds the most."""
+    shapes, features = held_while_it_runs(False, degrees)
+    extra = len(features["extra_msa"])
+    assert shapes["extra"][:2] == (-(-extra // 4), 11)
+    assert shapes["template"][:2] == (3, 11)
+    complexes, features = held_while_it_runs(True, degrees)
+    assert complexes["extra"][1] == 3  # along r, for the outer product, which comes first
+    assert complexes["template"][:2] == (11, 11)  # added to all pairs
 
 
 def test_the_whole_model_of_fewer_residues_than_ranks():
