@@ -15,7 +15,7 @@ from hairpin.models.alphafold import presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
 from hairpin.planning.axial.attach import AxialSplit, attach_axial
 from hairpin.planning.axial.choose import Lengths, Manner, rehearse_block
-from hairpin.planning.axial.cost import Rehearsed, Speeds, predict, rehearse
+from hairpin.planning.axial.cost import Rehearsed, Speeds, most_hidden_s, predict, rehearse
 from hairpin.run.launch import launch
 from hairpin.run.profile import peak_cpu_bytes
 from marks import slow
@@ -165,6 +165,19 @@ def test_a_transfer_behind_too_little_is_waited_for():
 def test_transfers_take_turns_on_a_link():
     run = Rehearsed((exchange(4, 0, 6), exchange(4, 0, 6)), 0, Work(6))
     assert predict(run, SPEEDS).time_s == 8.0
+
+
+@pytest.mark.parametrize(
+    ("sent", "most"),
+    [
+        ([exchange(4, 0, 6), exchange(4, 0, 6)], 6.0),  # both behind the same work
+        ([exchange(3, 0, 6), exchange(2, 1, 3)], 5.0),  # the second goes first: none is lost
+        ([exchange(1, 0, 4), exchange(9, 4, 5)], 2.0),  # a link has nothing to send for a while
+        ([exchange(3, 2, 2)], 0.0),
+    ],
+)
+def test_what_work_could_hide_at_most_on_one_link(sent, most):
+    assert most_hidden_s(Rehearsed(tuple(sent), 0, Work(6)), SPEEDS) == most
 
 
 def test_all_to_all_has_its_own_speed():

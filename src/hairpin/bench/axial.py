@@ -40,7 +40,7 @@ from hairpin.bench.played import PlayedDevice
 from hairpin.comm.mesh import Mesh
 from hairpin.comm.topology import Tier
 from hairpin.planning.axial.choose import Manner
-from hairpin.planning.axial.cost import Rehearsed, Speeds, predict
+from hairpin.planning.axial.cost import Rehearsed, Speeds, most_hidden_s, predict
 from hairpin.run.launch import launch, warm
 from hairpin.run.profile import peak_cpu_bytes
 from hairpin.units import parse_rate
@@ -420,16 +420,15 @@ def _row(
 def _overlap(times_s: Mapping[str, float], plan: Rehearsed, speeds: Speeds) -> dict[str, Any]:
     """What of the transfers is hidden, measured, and could be, by the plan.
 
-    Hideable is, of each transfer, what the work between its start and its use could hide; a
-    transfer whose result is needed at once has none. Two transfers behind the same work are both
-    counted, so this is at most too much.
+    Hideable is what the work between the starts of transfers and their uses could hide on the one
+    link that they share; a transfer whose result is needed at once has none.
     """
     laid_out = predict(plan, speeds)
     time_s = times_s["as they are"]
     serial_s = laid_out.compute_s + sum(laid_out.takes_s)
     at_once_s = times_s.get("at once", serial_s)
     none_s = times_s.get("none", laid_out.compute_s)
-    hideable_s = sum(laid_out.hideable_s)
+    could_s = most_hidden_s(plan, speeds)
     return {
         "time_s": time_s,
         "at_once_s": at_once_s,
@@ -437,9 +436,9 @@ def _overlap(times_s: Mapping[str, float], plan: Rehearsed, speeds: Speeds) -> d
         "predicted_s": laid_out.time_s,
         "predicted_at_once_s": serial_s,
         "predicted_none_s": laid_out.compute_s,
-        "hideable_s": hideable_s,
+        "hideable_s": could_s,
         "hidden": _share(at_once_s - time_s, at_once_s - none_s),
-        "hidden_of_hideable": _share(at_once_s - time_s, hideable_s),
+        "hidden_of_hideable": _share(at_once_s - time_s, could_s),
         "hidden_of_shorter": _share(at_once_s - time_s, min(none_s, at_once_s - none_s)),
     }
 

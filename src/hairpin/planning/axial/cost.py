@@ -163,6 +163,30 @@ def predict(run: Rehearsed, speeds: Speeds) -> Predicted:
     )
 
 
+def most_hidden_s(run: Rehearsed, speeds: Speeds) -> float:
+    """The most of all transfers that work can hide, by any order of them on the rank's one link.
+
+    Of the transfers under way the link serves first the one that is needed first, which loses
+    least.
+    """
+    left_s: dict[int, float] = {}
+    needed_at_s = {index: at_s for at_s, index, is_wait in _moments(run, speeds) if is_wait}
+    hidden_s = before_s = 0.0
+    for at_s, index, is_wait in _moments(run, speeds):
+        time_s = at_s - before_s
+        for other in sorted(left_s, key=lambda other: needed_at_s[other]):
+            served_s = min(time_s, left_s[other])
+            left_s[other] -= served_s
+            time_s -= served_s
+            hidden_s += served_s
+        before_s = at_s
+        if is_wait:
+            del left_s[index]
+        else:
+            left_s[index] = speeds.transfer_s(run.sent[index])
+    return hidden_s
+
+
 def _moments(run: Rehearsed, speeds: Speeds) -> list[tuple[float, int, bool]]:
     """(seconds of work before it, exchange, whether it is awaited there), in order."""
     found = []

@@ -183,9 +183,13 @@ class Around:
             def of_cell(column: int, part: Tensor) -> Tensor:
                 return term(self.grid.cell(self.held, row, column), part)
 
-            return returned(first, of_cell, self._shape_in(x, row), columns)
+            shape_of = self._shape_in(x, row)
+            return returned(passing(first, shape_of, columns), of_cell, shape_of, columns)
 
-        return returned(x, of_row, lambda row: self._shape(x, row, columns.rank), rows)
+        def shape_of_row(row: int) -> list[int]:
+            return self._shape(x, row, columns.rank)
+
+        return returned(passing(x, shape_of_row, rows), of_row, shape_of_row, rows)
 
     def _shape(self, x: Tensor, row: int, column: int) -> list[int]:
         cell = self.grid.cell(self.held, row, column)

@@ -7,8 +7,9 @@ Channel by channel, of ``a[i, k, c]`` and ``b[j, k, c]`` held along their first 
   pass by, each rank adding its term, and end where their rows belong.
 
 Each is the other's gradient: that of a sum passes by where the forward's terms did, and that of a
-part follows one step behind it. Bytes are those of a gather or reduce-scatter, M (N-1)/N per rank;
-what a rank holds is M/N and what is under way.
+part follows one step behind it. What passes by is under way before the rest is made ready. Bytes
+are those of a gather or reduce-scatter, M (N-1)/N per rank; what a rank holds is M/N and what is
+under way.
 """
 
 from typing import Any
@@ -35,24 +36,27 @@ class _Outgoing(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, way: Line) -> Tensor:
         ctx.way = way
         ctx.save_for_backward(a, b)
-        a, b = _channels_first(a), _channels_first(b)
+        parts = Ring(way, "i", 1).passing(_channels_first(b))
+        a = _channels_first(a)
         out = a.new_empty(a.shape[0], a.shape[1], way.lengths["j"])
-        for rows, part in Ring(way, "i", 1).passing(b):
+        for rows, part in parts:
             torch.bmm(a, part.mT, out=out[:, :, rows])
         return out.permute(1, 2, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        way = ctx.way
-        a, b, grad = (_channels_first(x) for x in (*ctx.saved_tensors, grad))
-        of_a, ring = torch.zeros_like(a), Ring(way, "i", 1)
+        ring = Ring(ctx.way, "i", 1)
+        a, b = ctx.saved_tensors
+        parts = ring.passing(_channels_first(b))
+        a, grad = _channels_first(a), _channels_first(grad)
+        of_a = torch.zeros_like(a)
 
         def term(rows: slice, part: Tensor) -> Tensor:
             of_a.baddbmm_(grad[:, :, rows], part)
             return grad[:, :, rows].mT @ a
 
-        of_b = ring.returned(b, term)
+        of_b = ring.back(parts, term, like=a)
         return of_a.permute(1, 2, 0), of_b.permute(1, 2, 0), None
 
 
@@ -68,10 +72,10 @@ class _Incoming(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        way = ctx.way
-        a, b, grad = (_channels_first(x) for x in (*ctx.saved_tensors, grad))
+        parts = Ring(ctx.way, "i", 1).passing(_channels_first(grad))
+        a, b = (_channels_first(x) for x in ctx.saved_tensors)
         of_a, of_b = torch.zeros_like(a), torch.empty_like(b)
-        for rows, part in Ring(way, "i", 1).passing(grad):
+        for rows, part in parts:
             of_a.baddbmm_(b[:, :, rows], part)
             torch.bmm(a, part.mT, out=of_b[:, :, rows])
         return of_a.permute(1, 2, 0), of_b.permute(1, 2, 0), None

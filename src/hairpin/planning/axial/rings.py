@@ -5,25 +5,37 @@ the next term is computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from hairpin.comm.transport import Link, Wait
 
 ShapeOf = Callable[[int], Sequence[int]]  # of what belongs to the rank at a place
+T = TypeVar("T")
+Coming = tuple[Wait, Tensor]  # what is on its way here, and where it will lie
 
 
 def passing(x: Tensor, shape_of: ShapeOf, link: Link) -> Iterator[tuple[int, Tensor]]:
-    """(owner, part) of every rank of the axis, this rank's first."""
+    """(owner, part) of every rank of the axis, this rank's first, which is sent on at once."""
+    return _passing(x, _next_part(x, 0, shape_of, link), shape_of, link)
+
+
+def _passing(
+    x: Tensor, coming: Coming | None, shape_of: ShapeOf, link: Link
+) -> Iterator[tuple[int, Tensor]]:
     for step in range(link.size):
-        owner, following = ((link.rank - step - more) % link.size for more in (0, 1))
-        wait, room = None, x
-        if step + 1 < link.size:
-            wait, room = _onward(x, shape_of(following), link, what="parts pass on")
-        yield owner, x
-        if wait is not None:
-            wait()
-            x = room
+        yield (link.rank - step) % link.size, x
+        if coming is not None:
+            x = _landed(coming)
+            coming = _next_part(x, step + 1, shape_of, link)
+
+
+def _next_part(x: Tensor, step: int, shape_of: ShapeOf, link: Link) -> Coming | None:
+    """Send on the part of a step, and receive that of the next; none follows the last."""
+    if step + 1 == link.size:
+        return None
+    return _onward(x, shape_of((link.rank - step - 1) % link.size), link, what="parts pass on")
 
 
 def summed(term: Callable[[int], Tensor], shape_of: ShapeOf, link: Link) -> Tensor:
@@ -39,32 +51,35 @@ def summed(term: Callable[[int], Tensor], shape_of: ShapeOf, link: Link) -> Tens
 
 
 def returned(
-    x: Tensor, term: Callable[[int, Tensor], Tensor], shape_of: ShapeOf, link: Link
+    parts: Iterator[tuple[T, Tensor]],
+    term: Callable[[T, Tensor], Tensor],
+    shape_of: ShapeOf,
+    link: Link,
 ) -> Tensor:
     """The sum of all ranks' terms of this rank's part, each made as the part passes by.
 
     Args:
-        term: of an owner and its part, of the part's shape.
+        parts: from :func:`passing`, with their owners or what stands for them.
+        term: of such a one and its part, of the part's shape.
     """
-    parts = passing(x, shape_of, link)
     total = term(*next(parts))
-    coming: tuple[Wait, Tensor] | None = None
-    for owner, part in parts:
+    coming: Coming | None = None
+    for step, (owner, part) in enumerate(parts, start=1):
         mine = term(owner, part)
         if coming is not None:
             mine += _landed(coming)
-        shape = shape_of((owner - 1) % link.size)
+        shape = shape_of((link.rank - step - 1) % link.size)
         coming = _onward(mine, shape, link, what="gradients of parts pass on")
     return total if coming is None else total + _landed(coming)
 
 
-def _landed(coming: tuple[Wait, Tensor]) -> Tensor:
+def _landed(coming: Coming) -> Tensor:
     wait, room = coming
     wait()
     return room
 
 
-def _onward(x: Tensor, shape: Sequence[int], link: Link, *, what: str) -> tuple[Wait, Tensor]:
+def _onward(x: Tensor, shape: Sequence[int], link: Link, *, what: str) -> Coming:
     """Send ``x`` to the next rank, and receive from the one before what has ``shape``."""
     room = x.new_empty(tuple(shape))
     none = x.new_empty(0)

@@ -209,17 +209,23 @@ class Ring:
         return Link(self.line.mesh, self.line.axis)
 
     def passing(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and part of every rank, this rank's first."""
-        for owner, part in rings.passing(x, self._shape_of(x), self.link):
-            yield self.line.rows(self.held, owner), part
+        """Rows and part of every rank, this rank's first, which is sent on at once."""
+        parts = rings.passing(x, self._shape_of(x), self.link)
+        return ((self.line.rows(self.held, owner), part) for owner, part in parts)
 
     def returned(self, x: Tensor, term: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """The sum of all ranks' terms of this rank's part."""
+        return self.back(self.passing(x), term, like=x)
 
-        def of(owner: int, part: Tensor) -> Tensor:
-            return term(self.line.rows(self.held, owner), part)
-
-        return rings.returned(x, of, self._shape_of(x), self.link)
+    def back(
+        self,
+        parts: Iterator[tuple[slice, Tensor]],
+        term: Callable[[slice, Tensor], Tensor],
+        *,
+        like: Tensor,
+    ) -> Tensor:
+        """As :meth:`returned`, of parts that are under way; ``like`` is this rank's."""
+        return rings.returned(parts, term, self._shape_of(like), self.link)
 
     def summed(self, term: Callable[[slice], Tensor], *, like: Tensor) -> Tensor:
         """The sum of all ranks' terms of this rank's rows; ``like`` has their other dims."""
