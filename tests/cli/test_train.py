@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hairpin.run import checkpoint, metrics
+from marks import slow
 
 ROOT = Path(__file__).parents[2]
 TINY = ("train", "video", "--recipe", "tiny")
@@ -174,7 +175,7 @@ def test_torchrun_and_ranks_must_agree(run, monkeypatch):
 # -------------------------------------------------------------------------------------- being ended
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [slow(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_ended_run_leaves_a_good_checkpoint_and_no_rank(tmp_path, number, code):
     words = [*TINY, "--ranks", 2, "--steps", 100_000, "--checkpoint-every", 2, "--out", "out"]
     process = program(*words, cwd=tmp_path)

@@ -20,6 +20,7 @@ from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.errors import CommError
 from hairpin.layout import Layout
 from hairpin.run.launch import RankFailure, launch
+from marks import slow
 
 # Bytes and counts
 
@@ -327,7 +328,7 @@ def many_steps(*, early: bool) -> list[tuple[int, int, int, int]]:
     return states
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["at once", "started early"])
+@pytest.mark.parametrize("early", [slow(False), True], ids=["at once", "started early"])
 def test_six_hundred_steps_leave_nothing_behind(early):
     for before, after in launch(many_steps, 2, early=early, timeout_s=100):
         assert after[1] == before[1]  # live tensors

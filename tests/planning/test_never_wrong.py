@@ -42,7 +42,7 @@ def between(name: str, b: int = 2, s: int = 4) -> Case:
 BETWEEN = tuple(between(name) for name in ALONG_T)
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_code_between_stages(ranks):
     plans = check(BETWEEN, ranks)
     for case, plan in zip(BETWEEN, plans, strict=True):
