@@ -172,7 +172,8 @@ def test_compiled_blocks(ranks):
 
 
 @quiet_compiler
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_blocks_compiled_with_autograd(ranks):
     check(AOT_EAGER, ranks)
 

@@ -88,6 +88,7 @@ def test_other_lengths_of_head_and_loss() -> None:
     assert _step_peak(model, shorter) <= plan.peak_bytes
 
 
+@pytest.mark.slow
 def test_dropout_inside_attention_is_drawn_by_position() -> None:
     model, tokens = _language(p=0.2)
     whole = hp.estimate(model, tokens, backward=True)

@@ -149,7 +149,8 @@ class _EvoformerStack(_Forward):
         blocks, split = self.module.blocks, self.split
         if not len(blocks):
             return m, z
-        way = split.way(*reversed(msa_mask.shape))
+        sequences, residues = msa_mask.shape
+        way = split.way(residues, sequences)
         if not self.takes_part:
             m = way.part(m, "s r c", arrives_along(blocks[0]))
         z = way.part(z, "i j c", "j")
