@@ -14,7 +14,7 @@ from hairpin.comm.rehearsal import RehearsalMesh
 from hairpin.errors import DisagreementError, PlanError
 from hairpin.models.alphafold import AlphaFold, presets
 from hairpin.models.alphafold.evoformer import EvoformerStack
-from hairpin.models.alphafold.sampling import FirstRows
+from hairpin.models.alphafold.sampling import FirstRows, SampleMSA
 from hairpin.models.alphafold.templates import TemplatePairStack
 from hairpin.run.launch import launch
 from marks import slow
@@ -36,17 +36,6 @@ WORDS = ("product", "passing", "pieces", "chunks")
 SIZES = {"uneven": (7, 13), "tiny": (2, 3), "one": (1, 1), "large": (7, 41)}
 
 
-class PairsOnly(nn.Module):
-    """An extra MSA stack gives back pairs: nobody uses its MSA."""
-
-    def __init__(self, stack):
-        super().__init__()
-        self.stack = stack
-
-    def forward(self, *args):
-        return self.stack(*args)[1]
-
-
 def stack_case(kind, size="uneven", *, checkpointed=None):
     """A stack of two blocks in training, with dropout, and its arguments."""
     sequences, residues = SIZES[size]
@@ -57,7 +46,7 @@ def stack_case(kind, size="uneven", *, checkpointed=None):
             template = replace(config.template, blocks=2)
             model = TemplatePairStack(template, multimer=config.multimer)
         elif "extra" in kind:
-            model = PairsOnly(EvoformerStack(config.extra_msa, 2))
+            model = EvoformerStack(config.extra_msa, 2)
         else:
             model = EvoformerStack(config.evoformer, 2)
         return truth.randomised(model, 0.3).train()
@@ -264,8 +253,19 @@ def test_a_way_that_does_not_exist_is_refused():
         hp.plan_axial(hp.Mesh(sp=2), product="rings")
     with pytest.raises(PlanError, match="passing='across'"):
         hp.plan_axial(hp.Mesh(sp=2), nn.Linear(1, 1), passing="across")
-    with pytest.raises(PlanError, match="pieces=0; there is at least one"):
-        hp.plan_axial(hp.Mesh(sp=2), pieces=0)
+    with pytest.raises(PlanError, match="product='': write one of"):
+        hp.plan_axial(hp.Mesh(sp=2), product="")
+    for name, number in (("pieces", 0), ("chunks", 2.5), ("chunks", "4")):
+        message = f"{name}={number!r}; give a whole number of at least 1"
+        with pytest.raises(PlanError, match=message):
+            hp.plan_axial(hp.Mesh(sp=2), **{name: number})
+    grid = hp.Mesh(rows=2, columns=2)
+    assert hp.plan_axial(grid, axis=["rows", "columns"]).product == "grid"
+    with pytest.raises(PlanError, match="pieces=4 on the grid"):
+        hp.plan_axial(grid, axis=("rows", "columns"), pieces=4)
+
+
+# ------------------------------------------------------------------------------------- agreement
 
 
 def other_inputs(what):
@@ -279,12 +279,83 @@ def other_inputs(what):
             m, msa_mask = m[1:], msa_mask[1:]
         elif what == "random state":
             torch.manual_seed(99)
+        elif what == "order":
+            m = m.flip(0)
+        elif what == "masks":
+            msa_mask = 1 - msa_mask
         else:
             m = m + 1e-9
     with pytest.raises(DisagreementError, match="different work"):
         model(m, z, msa_mask, pair_mask)
 
 
-@pytest.mark.parametrize("what", ["length", "random state", "numbers"])
+@pytest.mark.parametrize("what", ["length", "random state", "numbers", "order", "masks"])
 def test_ranks_with_other_inputs_are_told(what):
     launch(other_inputs, 2, what)
+
+
+def other_draws(*, by_generator):
+    mesh = hp.init_mesh(sp=2, timeout_s=10)
+    model, features = built(multimer=True)
+    model.sampling = SampleMSA(model.config.data)
+    hp.parallelize(model.eval(), hp.plan_axial(mesh), mesh)
+    torch.manual_seed(mesh.rank("sp"))
+    generator = torch.Generator().manual_seed(mesh.rank("sp")) if by_generator else None
+    with pytest.raises(DisagreementError, match="generator" if by_generator else "random state"):
+        model(features, recycles=0, generator=generator)
+
+
+@pytest.mark.parametrize("by_generator", [False, True])
+def test_ranks_that_would_draw_other_rows_are_told(by_generator):
+    launch(other_draws, 2, by_generator=by_generator)
+
+
+def by_bfloat16():
+    mesh = hp.init_mesh(sp=2, timeout_s=30)
+    case = stack_case("monomer")
+    arguments = [x.float() for x in case.arguments()[0]]
+    found = []
+    for words in (None, *({"product": p} for p in ("gather", "ring", "channels"))):
+        model = case.build().float().eval()
+        if words is not None:
+            hp.parallelize(model, hp.plan_axial(mesh, passing="ring", **words), mesh)
+        with torch.autocast("cpu", torch.bfloat16):
+            m, z = model(*arguments)
+        (m.float().square().mean() + z.float().square().mean()).backward()
+        if words is not None:
+            hp.sync_grads(model, mesh)
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append([m.detach().float(), z.detach().float(), grads])
+    wanted, *others = found
+    for other in others:
+        for one, two in zip(wanted, other, strict=True):
+            assert float((one - two).norm()) <= 0.02 * float(one.norm())
+
+
+def test_autocast_reaches_every_product():
+    """The sums of many roundings differ: this is no float64 truth."""
+    launch(by_bfloat16, 2)
+
+
+def parts_of_a_model():
+    mesh = hp.init_mesh(sp=2, timeout_s=10)
+    model, features = built(multimer=False)
+    plan = hp.plan_axial(mesh)
+    hp.parallelize(model, plan, mesh)
+    stack = model.extra_msa_stack
+    with pytest.raises(PlanError, match="was split as a part of a larger model"):
+        hp.detach(stack)
+    sequences, residues = features["extra_msa_mask"].shape
+    m = torch.zeros(sequences, residues, model.config.c_e, dtype=torch.float64)
+    pairs = torch.zeros(residues, residues, model.config.c_z, dtype=torch.float64)
+    mask = torch.ones(residues, residues, dtype=torch.float64)
+    with pytest.raises(PlanError, match="call the whole model, or split the stack alone"):
+        stack(m, pairs, features["extra_msa_mask"], mask)
+    assert hp.detach(model) == plan
+    hp.parallelize(stack, plan, mesh)
+    assert hp.detach(model) == plan  # of a part of it
+    assert not stack._forward_pre_hooks
+
+
+def test_a_part_of_a_split_model_is_not_taken_for_the_whole():
+    launch(parts_of_a_model, 2)

@@ -244,6 +244,15 @@ def test_chunks_are_tried_where_nothing_fits_at_once():
     assert mine.run.done.flops > at_once.candidates[0].run.done.flops  # computed again
 
 
+def test_one_rank_is_planned_too():
+    model = stack(device="meta")
+    plan = hp.plan_axial(hp.Mesh(sp=1), model, sequences=S, residues=R)
+    assert all(candidate.run.sent_bytes == 0 for candidate in plan.candidates)
+    changed = replace(plan, chunks=3).explain()  # a way that was not rehearsed
+    assert "in 1 pieces and 3 chunks" in changed
+    assert "exchanges" not in changed
+
+
 def test_what_cannot_be_planned_is_refused():
     model = stack(device="meta")
     with pytest.raises(PlanError, match=r"give sequences=\.\.\. and residues"):
@@ -255,6 +264,8 @@ def test_what_cannot_be_planned_is_refused():
         hp.plan_axial(hp.Mesh(sp=2), model, sequences=2, residues=3, topology=topology)
     with pytest.raises(PlanError, match="Linear has no stack"):
         hp.plan_axial(hp.Mesh(sp=2), torch.nn.Linear(1, 1), sequences=2, residues=3)
+    with pytest.raises(PlanError, match="sequences=2, residues=-1; there is at least one"):
+        hp.plan_axial(hp.Mesh(sp=2), model, sequences=2, residues=-1)
     with pytest.raises(MeshError, match="has no rank 4; play one of 0 to 3"):
         RehearsalMesh(4, sp=4)
     assert replace(hp.plan_axial(hp.Mesh(sp=2)), degree=3).degree == 3

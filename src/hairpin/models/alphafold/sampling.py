@@ -24,7 +24,12 @@ class SampleMSA(nn.Module):
     first always among them, and every letter is masked or replaced with ``replace_fraction``.
     A batch may have ``bert_mask[n, r]``, 0 where a letter tells nothing, such as where a row has
     no sequence for a chain. Letters there are hidden like others, but need not be predicted.
+
+    Attributes:
+        draws: random numbers, in eval too.
     """
+
+    draws = True
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()

@@ -33,6 +33,9 @@ from hairpin.planning.axial.stacks import (
 from hairpin.planning.axial.way import Line, Way
 from hairpin.planning.hooks import drop_hooks
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+_ODD = -7046029254386353131, -4658895280553007687  # of 64 bits, as mixing functions take them
+_PARTS, _LEAST = 64, 1 << 10  # of a tensor's words
 _EXTRA = ("extra_msa", "extra_has_deletion", "extra_deletion_value")  # features of an extra MSA
 
 
@@ -71,15 +74,13 @@ class BeforeModel:
         words = [
             f"{''.join(map(str, path)) or 'input'}: {_described(leaf)}"
             for path, leaf in tree_flatten_with_path((args, kwargs))[0]
-            if isinstance(leaf, (Tensor, bool, int, float, str))
+            if isinstance(leaf, (Tensor, torch.Generator, bool, int, float, str))
         ]
         mode = "training" if module.training else "eval"
         grad = "grad" if torch.is_grad_enabled() else "no grad"
         statement = f"{'; '.join(words)}; {mode}, {grad}; {split.plan}"
-        if module.training:
-            state = torch.get_rng_state().numpy().tobytes()
-            digest = hashlib.blake2b(state, digest_size=4).hexdigest()
-            statement += f"; CPU random state {digest}"
+        if module.training or any(getattr(part, "draws", False) for part in module.modules()):
+            statement += f"; CPU random state {_random_digest(torch.get_rng_state())}"
         _agree(statement, split)
 
 
@@ -97,12 +98,35 @@ def _agree(statement: str, split: AxialSplit) -> None:
 
 def _described(leaf: Any) -> str:
     """A number, or a tensor's shape, dtype and the sum of its bits."""
+    if isinstance(leaf, torch.Generator):
+        return f"generator {_random_digest(leaf.get_state())}"
     if not isinstance(leaf, Tensor):
         return repr(leaf)
-    bits = leaf.detach().contiguous().view(-1)
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    total = int(bits.view(words[leaf.element_size()]).sum(dtype=torch.int64))
-    return f"{tuple(leaf.shape)} {leaf.dtype}, bits {total & 0xFFFFFFFF:08x}"
+    return f"{tuple(leaf.shape)} {leaf.dtype}, digest {_digest(leaf):016x}"
+
+
+def _random_digest(state: Tensor) -> str:
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=4).hexdigest()
+
+
+def _digest(x: Tensor) -> int:
+    """A number that a change of any bit changes, or of the order; made where ``x`` is."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    words = x.detach().contiguous().view(-1).view(_WORDS[x.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    begun = 0
+    for some in words.split(max(len(words) // _PARTS, _LEAST)):  # little memory meanwhile
+        place = torch.arange(begun, begun + len(some), dtype=torch.int64, device=x.device)
+        total += (_mixed(place + 1) * _mixed(some.to(torch.int64))).sum()
+        begun += len(some)
+    return int(total) & (1 << 64) - 1
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Words of 64 bits, each of whose bits is spread over the result."""
+    words = ((words >> 32) ^ words) * _ODD[0]
+    words = ((words >> 29) ^ words) * _ODD[1]
+    return (words >> 32) ^ words
 
 
 @dataclass(eq=False)
@@ -134,10 +158,10 @@ class _ExtraEmbedder(_Forward):
 
 @dataclass(eq=False)
 class _EvoformerStack(_Forward):
-    """``m[s, r, c], z[i, j, c]`` and whole masks, to the same; ``m`` is None of an extra stack.
+    """``m[s, r, c], z[i, j, c]`` and whole masks, to the same.
 
     Attributes:
-        takes_part: of ``m``, not the whole.
+        takes_part: of ``m``, from what embeds it, and gives None for it.
     """
 
     takes_part: bool = False
@@ -147,19 +171,30 @@ class _EvoformerStack(_Forward):
         self, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         blocks, split = self.module.blocks, self.split
-        if not len(blocks):
-            return m, z
         sequences, residues = msa_mask.shape
         way = split.way(residues, sequences)
-        if not self.takes_part:
+        if self.takes_part:
+            self._check(m, way)
+        else:
             m = way.part(m, "s r c", arrives_along(blocks[0]))
         z = way.part(z, "i j c", "j")
         for block in blocks:
             m, z = block(m, z, msa_mask, pair_mask)
         whole = way.whole(z, "i j c", "j")
-        if blocks[0].extra:  # nobody uses it
+        if self.takes_part:  # nobody uses it
             return None, whole.wait()
         return way.whole(m, "s r c", "r").wait(), whole.wait()
+
+    def _check(self, m: Tensor, way: Way) -> None:
+        held = arrives_along(self.module.blocks[0])
+        mine = {dim: way.lengths[dim] for dim in "sr"}
+        mine[held] = len(range(way.lengths[held])[way.mine(held)])
+        if m.shape[:2] != (mine["s"], mine["r"]):
+            raise PlanError(
+                f"a stack that is split with what embeds its MSA got m{tuple(m.shape)}, and takes "
+                f"this rank's part, {mine['s']} x {mine['r']}; call the whole model, or split the "
+                "stack alone: hp.detach the model, then hp.parallelize the stack"
+            )
 
 
 @dataclass(eq=False)
@@ -258,15 +293,27 @@ def attach_axial(model: nn.Module, split: AxialSplit) -> nn.Module:
 
 
 def detach_axial(model: nn.Module) -> AxialPlan | None:
-    """Give every stack its own forward back; the plan, or None if there was none."""
-    plan = None
-    drop_hooks(model, lambda hook: isinstance(hook, BeforeModel))
+    """Give every stack its own forward back; the plan, or None if there was none.
+
+    Raises:
+        PlanError: what was split is larger, and its parts hand on tensors that fit each other.
+    """
+    forwards = [m.__dict__.get("forward") for m in model.modules()]
+    stand_ins = [forward for forward in forwards if isinstance(forward, _Forward)]
+    if not stand_ins:
+        return None
+    hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+    roots = {id(hook.split) for hook in hooks if isinstance(hook, BeforeModel)}
+    if any(id(stand_in.split) not in roots for stand_in in stand_ins):
+        raise PlanError(
+            f"this {type(model).__name__} was split as a part of a larger model; hp.detach the "
+            "module that was given to hp.parallelize"
+        )
     for module in model.modules():
-        stand_in = module.__dict__.get("forward")
-        if isinstance(stand_in, _Forward):
-            plan = stand_in.split.plan
-            del module.__dict__["forward"]
-    return plan
+        drop_hooks(module, lambda hook: isinstance(hook, BeforeModel))
+    for stand_in in stand_ins:
+        del stand_in.module.__dict__["forward"]
+    return stand_ins[0].split.plan
 
 
 def axial_plan_of(model: nn.Module) -> AxialPlan | None:

@@ -42,6 +42,9 @@ class Speeds:
     def of(cls, topology: Topology) -> "Speeds":
         """Those of a topology; what its links share is shared out."""
         n = topology.ranks
+        computes = topology.forward.flops_per_s, topology.copy_bytes_per_s
+        if n == 1:
+            return cls(*computes, topology.inner, topology.inner)
         ring = [(rank, (rank + 1) % n, _PROBE_BYTES) for rank in range(n)]
         pairs = [(p, q, _PROBE_BYTES) for p in range(n) for q in range(n) if p != q]
         latency_s = max(topology.inner.latency_s, topology.outer.latency_s * (topology.hosts > 1))
@@ -49,7 +52,7 @@ class Speeds:
             Tier(latency_s, len(some) * _PROBE_BYTES / n / max(topology.transfer_s(some), 1e-30))
             for some in (ring, pairs)
         )
-        return cls(topology.forward.flops_per_s, topology.copy_bytes_per_s, *tiers)
+        return cls(*computes, *tiers)
 
     def work_s(self, done: Done) -> float:
         """Seconds that so much work takes."""

@@ -63,9 +63,11 @@ def _outer_last(
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", way.updated)
     m = _columns(block, _rows(block, m, bias, msa_mask, way), msa_mask, way)
+    del bias
     mean = _outer_product_mean(block.outer_product_mean, m, msa_mask, way, way.updated)
     back = way.turn(m, "s r c", "r", leaves)
     z = turning.wait()
+    del turning
     z = z + mean.wait()
     del mean
     between = partial(advance, back)
@@ -91,9 +93,13 @@ def _outer_first(
     advance(by_sequence)
     bias = _row_bias(block, z, way)
     turning = way.turn(z, "i j c", "j", way.multiplied)
-    m = _columns(block, _rows(block, by_sequence.wait(), bias, msa_mask, way), msa_mask, way)
+    m = by_sequence.wait()
+    del by_sequence
+    m = _columns(block, _rows(block, m, bias, msa_mask, way), msa_mask, way)
+    del bias
     back = way.turn(m, "s r c", "r", leaves)
     z, between = turning.wait(), partial(advance, back)
+    del turning
     z, _ = pair_stack(block.pair_stack, z, pair_mask, way, way.multiplied, between)
     return back.wait(), z
 

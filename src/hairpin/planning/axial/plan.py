@@ -75,11 +75,10 @@ class AxialPlan:
             raise PlanError(
                 f"degree={self.degree!r} for axis={self.axis!r}; give one for each axis"
             )
-        if any(degree < 1 for degree in self.degrees.values()):
-            raise PlanError(f"degree={self.degree}; an axis has at least one rank")
-        for name in ("pieces", "chunks"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name}={getattr(self, name)}; there is at least one")
+        numbers = [("degree", degree) for degree in self.degrees.values()]
+        for name, number in (*numbers, ("pieces", self.pieces), ("chunks", self.chunks)):
+            if not isinstance(number, int) or number < 1:
+                raise PlanError(f"{name}={number!r}; give a whole number of at least 1")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -104,10 +103,17 @@ class AxialPlan:
             )
 
     def _check_grid(self) -> None:
+        if not isinstance(self.axis, tuple):
+            raise PlanError(f"axis={self.axis!r}: give a name, or a tuple of two names for a grid")
         if len(self.axes) != 2 or len(set(self.axes)) != 2:
             raise PlanError(
                 f"axis={self.axis!r}: name one axis, or two different ones for a grid, such as "
                 "axis=('rows', 'columns')"
+            )
+        if self.pieces != 1:
+            raise PlanError(
+                f"pieces={self.pieces} on the grid {self.axis}: only on one axis is work done in "
+                "pieces; leave it out"
             )
         if self.product != "grid":
             raise PlanError(
@@ -124,9 +130,11 @@ class AxialPlan:
         )
         if not self.candidates:
             return head
-        chosen = next(c for c in self.candidates if self._is(c))
         parts = [head, "one Evoformer block on one rank:", table(self.candidates)]
-        return "\n\n".join([*parts, "its exchanges:", transfers(chosen)])
+        chosen = [candidate for candidate in self.candidates if self._is(candidate)]
+        if chosen:  # it is none of them where a way was changed afterwards
+            parts += ["its exchanges:", transfers(chosen[0])]
+        return "\n\n".join(parts)
 
     def _is(self, candidate: Candidate) -> bool:
         return candidate.manner == Manner(self.product, self.passing, self.pieces, self.chunks)
@@ -178,23 +186,28 @@ def plan_axial(
         PlanError: a way that does not exist, a model without blocks, or lengths left out.
         MeshError: no such axis.
     """
+    axis = axis if isinstance(axis, str) else cast("tuple[str, str]", tuple(axis))
     sizes = tuple(as_mesh(mesh).size(one) for one in _several(axis))
+    default: Product = "gather" if isinstance(axis, str) else "grid"
     asked = AxialPlan(
         axis=axis,
         degree=sizes[0] if isinstance(axis, str) else cast("tuple[int, int]", sizes),
-        product=product or ("gather" if isinstance(axis, str) else "grid"),
-        passing=passing or "gather",
+        product=default if product is None else product,
+        passing="gather" if passing is None else passing,
         pieces=1 if pieces is None else pieces,
         chunks=1 if chunks is None else chunks,
     )
     if model is None:
-        if (sequences, residues, topology, memory) != (None,) * 4:
+        if (sequences, residues, topology, memory) != (None,) * 4 or backward:
             raise PlanError(
-                "sequences, residues, topology and memory choose a way for a model: give the model"
+                "sequences, residues, topology, memory and backward choose a way for a model: give "
+                "the model"
             )
         return asked
     if sequences is None or residues is None:
         raise PlanError("a way is chosen for a size: give sequences=... and residues=...")
+    if sequences < 1 or residues < 1:
+        raise PlanError(f"{sequences=}, {residues=}; there is at least one of each")
     topology = Topology.flat(asked.ranks, _LINK) if topology is None else topology
     if topology.ranks != asked.ranks:
         raise PlanError(
@@ -221,7 +234,10 @@ def plan_axial(
 
 
 def _ways(asked: AxialPlan, **given: Any) -> list[Manner]:
-    """All ways of what was not given; where biases pass by, pieces make no difference."""
+    """All ways of what was not given.
+
+    Where biases pass by, pieces make a difference to products by channels alone.
+    """
     is_line = isinstance(asked.axis, str)
     kinds = {
         "product": get_args(LineProduct) if is_line else ("grid",),
@@ -231,4 +247,8 @@ def _ways(asked: AxialPlan, **given: Any) -> list[Manner]:
     }
     several = [kinds[name] if choice is None else (choice,) for name, choice in given.items()]
     ways = [Manner(*way) for way in itertools.product(*several)]
-    return [way for way in ways if way.passing == "gather" or way.pieces == ways[0].pieces]
+    return [
+        way
+        for way in ways
+        if way.passing == "gather" or way.product == "channels" or way.pieces == ways[0].pieces
+    ]

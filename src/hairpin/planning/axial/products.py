@@ -23,12 +23,23 @@ from hairpin.planning.axial.way import Line, Ring
 
 def ring_outgoing(a: Tensor, b: Tensor, way: Line) -> Tensor:
     """``a[i, k, c], b[j, k, c] -> [i, j, c]``; a, b and the result held along their first dim."""
-    return _Outgoing.apply(a, b, way)  # type: ignore[no-any-return]
+    return _in_one_dtype(_Outgoing, a, b, way)
 
 
 def ring_incoming(a: Tensor, b: Tensor, way: Line) -> Tensor:
     """``a[k, j, c], b[k, i, c] -> [i, j, c]``; a, b and the result held along their first dim."""
-    return _Incoming.apply(a, b, way)  # type: ignore[no-any-return]
+    return _in_one_dtype(_Incoming, a, b, way)
+
+
+def _in_one_dtype(product: Any, a: Tensor, b: Tensor, way: Line) -> Tensor:
+    """In that of autocast where it is on, as a product of torch would be, and so the backward."""
+    kind = a.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return product.apply(a, b, way)  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(kind)
+    a, b = (x if x.dtype == torch.float64 else x.to(dtype) for x in (a, b))
+    with torch.autocast(kind, enabled=False):
+        return product.apply(a, b, way)  # type: ignore[no-any-return]
 
 
 class _Outgoing(torch.autograd.Function):
