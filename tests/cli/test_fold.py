@@ -50,6 +50,17 @@ def test_the_text_names_the_page(run, target):
     assert "accuracy will suffer" in done.err
 
 
+def test_a_trace_that_cannot_be_written_costs_nothing_else(run, target):
+    (target / "out/random_tiny_trace.json").mkdir(parents=True)
+    words = ("fold", "small.fasta", "--random-weights", "tiny", "--recycles", 0, "-o", "out")
+    done = run(*words, "--trace", "--json")
+    assert done.code == 0, done.err
+    assert "the fold is not traced: cannot write out/random_tiny_trace.json" in done.err
+    files = json.loads(done.out)["files"]
+    assert "out/random_tiny.pdb" in files
+    assert not any("trace" in file for file in files)
+
+
 def test_without_weights_it_says_what_to_download(run, target):
     done = run("fold", "small.fasta")
     assert (done.code, done.out) == (2, "")
@@ -76,6 +87,18 @@ def test_what_cannot_be_is_one_message(run, target, words, message):
     assert (done.code, done.out) == (2, "")
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("more", [(), ("--estimate",)])
+@pytest.mark.parametrize("way", [("--product", "ring"), ("--passing", "ring")])
+def test_one_rank_has_nobody_to_meet(run, target, monkeypatch, way, more):
+    words = ("fold", "small.fasta", "--random-weights", "tiny", *way, *more)
+    done = run(*words)
+    assert (done.code, done.out) == (2, "")
+    assert f"{' '.join(way)}: one rank alone splits nothing; take --ranks of 2" in done.err
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):  # as torchrun starts one rank
+        monkeypatch.setenv(name, value)
+    assert run(*words) == done
 
 
 def test_a_folder_goes_on_after_a_bad_target(run, target):

@@ -67,6 +67,39 @@ def test_a_folder_over_ranks_gives_the_structures_of_one(run, targets):
         assert ranks == {0, 1}
 
 
+@pytest.mark.timeout(300)
+def test_a_target_over_the_budget_does_not_stop_the_others(run, folder):
+    (folder / "all").mkdir()
+    (folder / "all/long.fasta").write_text(f">query\n{SEQUENCE * 4}\n")
+    (folder / "all/short.fasta").write_text(f">query\n{SEQUENCE[:6]}\n")
+    words = ("fold", "all", *REHEARSED, "--memory", "1MiB", "--ranks", 2, "-o", "out", "--json")
+    done = run(*words)
+    assert done.code == 1, done.err
+    long, short = json.loads(done.out)
+    assert "at 60 residues do not fit into 1.00 MiB on each of 2 ranks" in long["error"]
+    assert 0 < short["models"][0]["peak_bytes"] <= 2**20
+    assert "1 of 2 targets failed" in done.err
+
+
+@pytest.mark.timeout(300)
+def test_files_that_cannot_be_written_between_two_models_fail_one_target_alone(run, folder):
+    network = fold.random_model("tiny").network
+    words = ("fold", "all", "--recycles", 0, "--ranks", 2, "-o", "out", "--json")
+    for name in ("first.safetensors", "second.safetensors"):
+        weights.save_safetensors(network, folder / name)
+        words += ("--params", name)
+    (folder / "all").mkdir()
+    for name in ("a", "b"):
+        (folder / f"all/{name}.fasta").write_text(f">query\n{SEQUENCE[:6]}\n")
+    (folder / "out/a/first.pdb").mkdir(parents=True)
+    done = run(*words)
+    assert done.code == 1, done.err
+    spoilt, whole = json.loads(done.out)
+    assert spoilt["error"].startswith("cannot write out/a/first.pdb: Is a directory")
+    assert [row["model"] for row in whole["models"]] == ["first", "second"]
+    assert "different work" not in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_several_models_are_ranked_over_ranks(run, targets):
@@ -156,3 +189,15 @@ def test_what_ranks_cannot_do_is_one_message(run, targets, words, message):
     done = run("fold", "all/good.fasta", *REHEARSED, "--ranks", 2, *words)
     assert (done.code, done.out) == (2, "")
     assert message in done.err
+
+
+def test_ranks_of_other_machines_need_no_gpu_here(run, targets, monkeypatch):
+    """Under torchrun on two machines of 8 GPUs each; what is wrong is found after that."""
+    started = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    words = ("fold", "all/good.fasta", "--device", "cuda", "--params", "none.npz")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert "none.npz: there is no such file" in run(*words).err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    assert "--device cuda: 8 ranks need as many GPUs, and torch sees 7" in run(*words).err

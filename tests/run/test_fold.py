@@ -264,6 +264,15 @@ def test_the_count_holds_for_any_number_of_recycles(tiny, recycles, tmp_path):
     assert need.activation_bytes == predict(tiny, target, recycles=recycles).peak_bytes
 
 
+def test_the_count_of_one_rank_does_not_depend_on_how_it_would_meet_others(tiny):
+    shapes = fold_count.shapes_of(tiny.config, 17, 3)
+    ways = [AxialPlan(), AxialPlan(product="ring", passing="ring")]
+    alone, ring = (
+        fold_count.activation_bytes(tiny.config, shapes, recycles=0, over=way) for way in ways
+    )
+    assert ring == alone
+
+
 def deep_case(folder):
     """A model whose stacks hold most, with three Evoformer blocks, and a target for it."""
     config = presets.tiny()

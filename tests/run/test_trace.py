@@ -94,10 +94,38 @@ def test_nothing_is_watched_after_the_block(tmp_path):
     assert spans["transfer"] == []
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
-    path, model = tmp_path / "no/such/trace.json", torch.nn.Linear(2, 2)
-    with (
-        pytest.raises(OutputError, match=r"no/such/trace\.json"),
-        hp.trace(model, hp.Mesh(sp=1), path),
-    ):
-        pass
+def tried(path, spoil):
+    """What became of a block on this rank: whether it ran, and what was raised."""
+    mesh, ran = hp.init_mesh(sp=int(os.environ["WORLD_SIZE"]), timeout_s=60), False
+    try:
+        with hp.trace(torch.nn.Linear(2, 2), mesh, path):
+            ran = True
+            if spoil and mesh.global_rank == 0:
+                path.mkdir()
+    except OutputError as error:
+        return ran, str(error)
+    return ran, ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_file_that_cannot_be_written_is_refused_before_the_block_on_all_ranks(tmp_path, world):
+    path = tmp_path / "no/such/trace.json"
+    found = launch(tried, world, path, spoil=False, timeout_s=100)
+    message = f"cannot write {path}: No such file or directory; name a file in a folder you may "
+    assert found == [(False, f"{message}write to")] * world
+
+
+def test_a_file_that_can_no_longer_be_written_is_an_error_of_all_ranks(tmp_path):
+    path = tmp_path / "trace.json"
+    found = launch(tried, 2, path, spoil=True, timeout_s=100)
+    assert found[0] == found[1]
+    assert found[0][0]
+    assert f"cannot write {path}: Is a directory" in found[0][1]
+
+
+def test_a_file_that_is_there_is_kept_until_the_block_is_done(tmp_path):
+    path, model = tmp_path / "trace.json", torch.nn.Linear(2, 2)
+    path.write_text("before")
+    with hp.trace(model, hp.Mesh(sp=1), path):
+        assert path.read_text() == "before"
+    assert json.loads(path.read_text())["traceEvents"]

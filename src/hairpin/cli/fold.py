@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hairpin.planning.axial.plan import AxialPlan
     from hairpin.run.fold import FoldModel, Prediction
     from hairpin.run.fold_inputs import FoldTarget
+    from hairpin.run.trace import Recording
 
 _TIMEOUT_S = 3600.0  # that the others wait while the first rank writes and relaxes
 _OF_RANKS = ("auto", "cpu", "cuda")  # devices to name where there are several ranks
@@ -53,6 +54,10 @@ class Wishes:
 
         kinds: dict[str, Any] = {"product": self.product, "passing": self.passing}
         return AxialPlan(degree=self.ranks, **kinds)
+
+    def times(self, model: "FoldModel") -> int:
+        """Recycles to run a model with."""
+        return model.config.recycles if self.recycles is None else self.recycles
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,6 @@ def _check(wishes: Wishes) -> None:
 
     if wishes.memory is not None:
         parse_bytes(wishes.memory)
-    train.require_way(wishes.product, wishes.passing)
     _check_ranks(wishes)
     if wishes.params and wishes.random_weights:
         raise RecipeError("--params and --random-weights exclude each other; give one of them")
@@ -185,7 +189,8 @@ def _check(wishes: Wishes) -> None:
 
 
 def _check_ranks(wishes: Wishes) -> None:
-    """Refuse what several ranks cannot do."""
+    """Refuse what so many ranks cannot do."""
+    _check_way(wishes)
     if wishes.ranks == 1:
         return
     if wishes.device not in _OF_RANKS:
@@ -194,13 +199,35 @@ def _check_ranks(wishes: Wishes) -> None:
             f"write {', '.join(_OF_RANKS)}"
         )
     if wishes.device == "cuda":
-        import torch
+        _check_gpus(wishes.ranks)
 
-        if torch.cuda.device_count() < wishes.ranks:
+
+def _check_way(wishes: Wishes) -> None:
+    """Refuse a way to meet that does not exist, or that one rank alone has no use for."""
+    train.require_way(wishes.product, wishes.passing)
+    if wishes.ranks > 1:
+        return
+    for name, way in (("product", wishes.product), ("passing", wishes.passing)):
+        if way != "gather":
             raise RecipeError(
-                f"--device cuda: {wishes.ranks} ranks need as many GPUs, and torch sees "
-                f"{torch.cuda.device_count()}; start fewer ranks, or take auto or cpu"
+                f"--{name} {way}: one rank alone splits nothing; take --ranks of 2 or more (under "
+                f"torchrun, --nproc-per-node), or leave --{name} out"
             )
+
+
+def _check_gpus(ranks: int) -> None:
+    """Refuse fewer GPUs than ranks on this machine; under torchrun there may be others."""
+    import torch
+
+    from hairpin.comm.mesh import local_ranks
+    from hairpin.run.launch import launched
+
+    here, found = local_ranks() if launched() else ranks, torch.cuda.device_count()
+    if found < here:
+        raise RecipeError(
+            f"--device cuda: {here} ranks need as many GPUs, and torch sees {found} on this "
+            "machine; start fewer ranks on it, or take auto or cpu"
+        )
 
 
 def _check_room(fasta: Path, wishes: Wishes) -> None:
@@ -260,8 +287,12 @@ class Crew:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """An error inside it is raised on every rank, so that all go on, or end, alike."""
+        """An error inside it is raised on every rank, so that all go on, or end, alike.
+
+        A rank raises its own; one that has none says what the others have.
+        """
         from hairpin.comm.agree import require_agreement
+        from hairpin.errors import DisagreementError
 
         error = None
         try:
@@ -269,7 +300,11 @@ class Crew:
         except HairpinError as found:
             error = found
         mesh = self.split.mesh
-        require_agreement(f"{what}: {'ready' if error is None else error}", mesh, "sp")
+        try:
+            require_agreement(f"{what}: {'ready' if error is None else error}", mesh, "sp")
+        except DisagreementError:
+            if error is None:
+                raise
         if error is not None:
             raise error
 
@@ -361,17 +396,22 @@ def _fold_one(fasta: Path, out: Path, models: Models, crew: Crew) -> Result:
         HairpinError: anything about it is wrong.
     """
     from hairpin.run.fold import ranked, write_structures
+    from hairpin.run.trace import Recording
 
     with crew.together(fasta.name):
         target, used = _prepared(fasta, out, models, crew)
     predictions: list[Prediction] = []
     files: list[Path] = []
-    for model in used:
-        trace_file = out / f"{model.name}_trace.json" if models.wishes.trace else None
-        predictions.append(_predicted(model, target, models.wishes, crew, trace_file))
-        if crew.first:
-            files += write_structures(predictions[-1], out)
-            files += [] if trace_file is None else [trace_file]
+    for model, split in used:
+        recording = Recording() if models.wishes.trace else None
+        predictions.append(
+            _predicted(model, split, target, models.wishes, crew, recording=recording)
+        )
+        with crew.together(f"{fasta.name}, files of {model.name}"):
+            if crew.first:
+                files += write_structures(predictions[-1], out)
+        if crew.first and recording is not None:
+            files += _traced(recording, out / f"{model.name}_trace.json")
     best_first = ranked(predictions)
     if crew.first:
         files += _write_rest(target, best_first, out)
@@ -382,10 +422,13 @@ def _fold_one(fasta: Path, out: Path, models: Models, crew: Crew) -> Result:
 
 def _prepared(
     fasta: Path, out: Path, models: Models, crew: Crew
-) -> "tuple[FoldTarget, list[FoldModel]]":
-    """The target and the models to fold it with; refuses what would fail later."""
+) -> "tuple[FoldTarget, list[tuple[FoldModel, AxialSplit]]]":
+    """The target and the models to fold it with, and how each is split.
+
+    Refuses what would fail later.
+    """
     from hairpin.run.checkpoint import require_writable
-    from hairpin.run.fold import require_fit
+    from hairpin.run.fold import require_fit, split_within
     from hairpin.run.fold_estimate import require_room
     from hairpin.run.fold_inputs import read_fold_target
 
@@ -396,27 +439,32 @@ def _prepared(
     for note in target.notes:
         crew.say(f"{target.name}: {note}")
     require_writable(out)
-    used = models.of(target)
-    for model in used:
+    used = []
+    for model in models.of(target):
         require_fit(model.config, target)
-        if wishes.memory is None and not crew.several:
-            times = model.config.recycles if wishes.recycles is None else wishes.recycles
+        split, times = crew.split, wishes.times(model)
+        if crew.several and wishes.memory is not None:
+            split = split_within(model, target, split, wishes.memory, recycles=times)
+        elif wishes.memory is None and not crew.several:
             require_room(model.config, target, crew.device, recycles=times)
+        used.append((model, split))
     return target, used
 
 
 def _predicted(
     model: "FoldModel",
+    split: "AxialSplit",
     target: "FoldTarget",
     wishes: Wishes,
     crew: Crew,
-    trace_file: Path | None,
+    *,
+    recording: "Recording | None",
 ) -> "Prediction":
     """One model's prediction, the same on every rank; the first shows how it goes."""
     from hairpin.run.fold import predict
     from hairpin.run.fold_progress import FoldProgress
 
-    times = model.config.recycles if wishes.recycles is None else wishes.recycles
+    times = wishes.times(model)
     if model.rehearsal:
         crew.say(model.rehearsal)
     bar = FoldProgress(f"{target.name}, {model.name}", times + 1)
@@ -426,10 +474,10 @@ def _predicted(
             target,
             seed=wishes.seed,
             recycles=times,
-            memory=wishes.memory,
-            split=crew.split,
+            memory=None if crew.several else wishes.memory,  # the split keeps to it already
+            split=split,
             device=crew.device,
-            trace_file=trace_file,
+            recording=recording,
             on_block=bar if crew.first else None,
             progress=bar.say if crew.first else None,
         )
@@ -459,6 +507,16 @@ def _write_rest(
     plots = write_plots(page, folder)
     write_page(folder / "index.html", page)
     return [scores, *plots, folder / "index.html"]
+
+
+def _traced(recording: "Recording", file: Path) -> list[Path]:
+    """The trace's file, or a line that says why there is none: the fold is there without it."""
+    try:
+        recording.write(file)
+    except HairpinError as error:
+        say(f"the fold is not traced: {error}")
+        return []
+    return [file]
 
 
 def _relaxed(prediction: "Prediction", folder: Path) -> list[Path]:
@@ -573,7 +631,7 @@ def _estimate(target: Path, wishes: Wishes, *, json: bool) -> None:
 
     from hairpin.run.fold_estimate import estimate_fold, table
 
-    train.require_way(wishes.product, wishes.passing)
+    _check_way(wishes)
     found = estimate_fold(
         target,
         wishes.alignments,

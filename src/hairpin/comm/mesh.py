@@ -326,9 +326,13 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_ranks() -> int:
+    """Ranks that were started on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def _device_type() -> str:
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    return "cuda" if 0 < local_world <= torch.cuda.device_count() else "cpu"
+    return "cuda" if 0 < local_ranks() <= torch.cuda.device_count() else "cpu"
 
 
 def _init_process_group(device_type: str, timeout_s: float) -> None:

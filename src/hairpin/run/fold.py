@@ -36,7 +36,7 @@ from hairpin.run.fold_count import ALONE, within
 from hairpin.run.fold_inputs import FoldTarget
 from hairpin.run.memory import measured
 from hairpin.run.steps import over_ranks
-from hairpin.run.trace import trace
+from hairpin.run.trace import Recording
 
 Floats = NDArray[np.floating[Any]]
 OnBlock = Callable[[int, int, int], None]
@@ -198,7 +198,7 @@ def predict(
     memory: int | str | None = None,
     split: AxialSplit | None = None,
     device: torch.device | None = None,
-    trace_file: Path | None = None,
+    recording: Recording | None = None,
     on_block: OnBlock | None = None,
     progress: Progress | None = None,
 ) -> Prediction:
@@ -210,7 +210,8 @@ def predict(
             split in more chunks where they would not suffice.
         split: how the model is split over a live mesh, each of whose ranks calls this and gets the
             whole structure.
-        trace_file: for what every rank does and sends along the run, see :func:`hairpin.trace`.
+        recording: gets what every rank does and sends along the run, to write once the prediction
+            is safe.
         on_block: called with (recycle from 0, blocks done in it, blocks of it) as it runs.
         progress: called with a few words as a plan for ``memory`` is searched.
 
@@ -235,12 +236,14 @@ def predict(
     began = time.perf_counter()
     with torch.no_grad(), out_of_memory(target, device):
         if split is not None and split.plan.ranks > 1:
-            _split_within(network, batches[0], times, split, memory)
+            if memory is not None:
+                split = split_within(model, target, split, memory, recycles=times)
+            parallelize(network, split.plan, split.mesh)
         elif memory is not None:
             _keep_under(network, (args, kwargs), batches[0], memory, progress)
         try:
             mesh = Mesh(sp=1) if split is None else split.mesh
-            tracing = nullcontext() if trace_file is None else trace(network, mesh, trace_file)
+            tracing = nullcontext() if recording is None else recording.of(network, mesh)
             with tracing, measured(device) as peak, _told(network, on_block):
                 out = network(*args, **kwargs)
         finally:
@@ -248,6 +251,28 @@ def predict(
     spent_s = time.perf_counter() - began
     peaks = [(peak.peak_bytes,)] if split is None else over_ranks(split.mesh, peak.peak_bytes)
     return prediction_of(model, target, out, seed=seed, time_s=spent_s, peak_bytes=max(peaks)[0])
+
+
+def split_within(
+    model: FoldModel,
+    target: FoldTarget,
+    split: AxialSplit,
+    memory: int | str,
+    *,
+    recycles: int,
+) -> AxialSplit:
+    """A split in as few chunks as keep each of its ranks within a budget. Nothing is sent.
+
+    Args:
+        memory: bytes that activations may take on a rank, or text such as ``"2GiB"``.
+
+    Raises:
+        MemoryBudgetError: chunks do not reach it; on all ranks alike.
+    """
+    (batch, *_) = features_of(model.config, target, 0, seed=0)  # shapes are those of any seed
+    shapes = _shapes({name: batch[name] for name in model.network.needed_features})
+    plan = within(model.config, shapes, memory, recycles=recycles, over=split.plan)
+    return replace(split, plan=plan)
 
 
 def _keep_under(
@@ -270,16 +295,6 @@ def _keep_under(
         parallelize(network, plan(network, call, memory=memory, progress=progress))
     finally:
         network.config = config
-
-
-def _split_within(
-    network: AlphaFold, batch: Batch, recycles: int, split: AxialSplit, memory: int | str | None
-) -> None:
-    """Split a model over ranks, in as many chunks as a budget asks for."""
-    plan = split.plan
-    if memory is not None:
-        plan = within(network.config, _shapes(batch), memory, recycles=recycles, over=plan)
-    parallelize(network, plan, split.mesh)
 
 
 def _shapes(batch: Batch) -> Batch:

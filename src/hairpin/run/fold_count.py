@@ -245,7 +245,11 @@ def _on_meta(config: AlphaFoldConfig) -> AlphaFold:
 
 
 def _network(config: AlphaFoldConfig, over: AxialPlan) -> tuple[AlphaFold, Mesh]:
-    """The model without storage, split as on the first of some ranks; their mesh, which counts."""
+    """The model without storage, split as on the first of some ranks; their mesh, which counts.
+
+    Of one rank only the chunks count: it splits nothing, and has no other to meet.
+    """
+    over = over if over.ranks > 1 else replace(ALONE, chunks=over.chunks)
     network, mesh = _on_meta(config), RehearsalMesh(0, **over.degrees)
     if over != ALONE:
         parallelize(network, over, mesh)

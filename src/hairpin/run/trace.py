@@ -8,10 +8,11 @@ above it.
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +25,7 @@ from hairpin.run.timeline import labelled
 _OUTSIDE = "outside the model's modules"
 _WORK_LINE = 0
 
+T = TypeVar("T")
 Event = dict[str, Any]  # times in nanoseconds until they are written
 
 
@@ -38,20 +40,87 @@ def trace(model: nn.Module, mesh: Mesh, path: str | Path) -> Iterator[None]:
         model: its modules, by path, are what spans of work are named after; ``" (backward)"`` is
             added to those of a backward.
         mesh: live; its transfers are shown.
+        path: of the file; one that is there is replaced.
 
     Raises:
-        OutputError: the file cannot be written. Nothing is lost but the file.
+        OutputError: the file cannot be written. On all ranks, and before the block runs; after it
+            only where something has changed meanwhile, such as a disk that is full now.
     """
-    work = _Work()
-    with mesh.watched() as transfers, labelled(model, work), work:
+    path, recording = Path(path), Recording()
+    _on_first(mesh, lambda: _require_writable(path))
+    with recording.of(model, mesh):
         yield
-    mine = [*work.spans, *_waits(transfers), *_lines(transfers)]
-    everyone: list[list[Event] | None] = [mine]
-    if mesh.world > 1:
-        everyone = [None] * mesh.world
-        dist.all_gather_object(everyone, mine)
+    _on_first(mesh, lambda: recording.write(path))
+
+
+@dataclass
+class Recording:
+    """What every rank did and sent while a block lasted.
+
+    Attributes:
+        ranks: events of each rank, the same on all of them; empty until they have left the block.
+    """
+
+    ranks: list[list[Event]] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, model: nn.Module, mesh: Mesh) -> Iterator[None]:
+        """Record the block, which every rank of the mesh enters and leaves."""
+        work = _Work()
+        with mesh.watched() as transfers, labelled(model, work), work:
+            yield
+        self.ranks = _all_of(mesh, [*work.spans, *_waits(transfers), *_lines(transfers)])
+
+    def write(self, path: Path) -> None:
+        """Write it in Chrome's format.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with _refusing(path):
+            path.write_text(json.dumps(_chrome(self.ranks)) + "\n")
+
+
+def _all_of(mesh: Mesh, mine: T) -> list[T]:
+    """What every rank has, by rank."""
+    if mesh.world == 1:
+        return [mine]
+    all_: list[Any] = [None] * mesh.world
+    dist.all_gather_object(all_, mine)
+    return all_
+
+
+def _on_first(mesh: Mesh, do: Callable[[], None]) -> None:
+    """Have the first rank do something; that it cannot be written is then raised on all alike."""
+    problem = ""
     if mesh.global_rank == 0:
-        _write(Path(path), [events or [] for events in everyone])
+        try:
+            do()
+        except OutputError as error:
+            problem = str(error)
+    (of_first, *_) = _all_of(mesh, problem)
+    if of_first:
+        raise OutputError(of_first)
+
+
+def _require_writable(path: Path) -> None:
+    """Raise if the file cannot be written; it is left as it is, or away."""
+    with _refusing(path):
+        new = not path.exists()
+        with path.open("a"):
+            pass
+        if new:
+            path.unlink()
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; name a file in a folder you may write to"
+        ) from error
 
 
 class _Work(TorchDispatchMode):
@@ -116,7 +185,8 @@ def _lines(transfers: Iterable[Transfer]) -> list[Event]:
     return spans
 
 
-def _write(path: Path, ranks: list[list[Event]]) -> None:
+def _chrome(ranks: list[list[Event]]) -> dict[str, Any]:
+    """The events of all ranks in microseconds since the first, as the format has them."""
     start = min((event["ts"] for events in ranks for event in events), default=0)
     events: list[Event] = []
     for rank, found in enumerate(ranks):
@@ -124,12 +194,7 @@ def _write(path: Path, ranks: list[list[Event]]) -> None:
         for event in found:
             times_us = {"ts": (event["ts"] - start) / 1e3, "dur": event["dur"] / 1e3}
             events.append({**event, **times_us, "pid": rank})
-    try:
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; name a file in a folder you may write to"
-        ) from error
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _names(rank: int, last: int) -> list[Event]:
