@@ -55,7 +55,7 @@ def _surroundings() -> list[str]:
     """Versions, and the global switches of torch that change what a forward runs."""
     source, ours = hashlib.blake2b(digest_size=16), Path(__file__).parent.parent
     for folder in (ours, ours / "graph", ours / "planning"):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             source.update(path.read_bytes())
     return [
         sys.version,
