@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import hairpin as hp
 from hairpin.errors import PlanError
+from hairpin.planning import identity as identities
 from hairpin.planning.cache import Cache, cache_folder, digest_of
 from hairpin.planning.identity import identity
 
@@ -190,6 +192,14 @@ def test_what_cannot_be_described_is_not_kept(folder):
     _, said = planned(model)
     assert "from the cache" not in said
     assert not plans_in(folder)
+
+
+def test_the_name_depends_on_all_code_that_plans(monkeypatch):
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    identities._surroundings()
+    assert {"emit.py", "seam.py", "axes.py", "make.py", "layout.py"} <= set(read)
+    assert "fold_count.py" not in read
 
 
 @pytest.mark.parametrize("damage", ["", "# 00\n", "cut", "changed", "binary"])

@@ -15,6 +15,7 @@ from hairpin.bench.absent import placeholders
 from hairpin.comm.mesh import Mesh, init_mesh
 from hairpin.comm.topology import Tier
 from hairpin.errors import MemoryBudgetError, SequenceError
+from hairpin.planning.sequence.patterns import unknown_pattern
 from hairpin.run.launch import launch
 from marks import slow
 
@@ -715,6 +716,82 @@ def test_a_detached_model_of_transformers_is_as_before():
     hp.detach(model)
     assert model.config._attn_implementation == before
     assert torch.equal(model(input_ids=ids).logits, want)
+
+
+def test_models_on_one_config_are_independent():
+    transformers_here()
+    model, other = seeded(llama), seeded(llama)
+    other = type(other)(model.config).to(WIDE)
+    ids = tokens_of(15)["input_ids"]
+    want = other(input_ids=ids).logits
+    hp.parallelize(model, a_plan(15))
+    assert torch.equal(other(input_ids=ids).logits, want)
+    hp.parallelize(other, a_plan(15))
+    hp.detach(model)
+    assert other.config._attn_implementation == "hairpin"
+
+
+def test_another_attention_chosen_meanwhile_is_refused():
+    transformers_here()
+    model = seeded(llama)
+    hp.parallelize(model, a_plan(15))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(SequenceError, match=r"attends with 'sdpa' now.*hp.detach"):
+        model(input_ids=tokens_of(15)["input_ids"])
+
+
+def test_masks_of_their_own_are_refused():
+    transformers_here()
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=31, hidden_size=24, intermediate_size=40, intermediate_size_mlp=40,
+        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=4,
+        num_local_experts=2, attention_chunk_size=4, pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    hp.parallelize(model, a_plan(15))
+    with pytest.raises(SequenceError, match="masks its attention with chunked_overlay"):
+        model(input_ids=tokens_of(15)["input_ids"], use_cache=False)
+
+
+def test_which_patterns_are_known():
+    transformers_here()
+    from transformers import masking_utils as masks
+
+    causal, either = masks.causal_mask_function, masks.bidirectional_mask_function
+    places = torch.arange(4)[None]
+    packed = masks.packed_sequence_compatibility_function(causal, places, places)
+    windowed = masks.sliding_window_causal_mask_function(4)
+    for known in (causal, either, packed, windowed, masks.and_masks(windowed, either)):
+        assert unknown_pattern(known, 4) is None
+    assert unknown_pattern(windowed, 5) is not None  # which attentions do not say
+    blocks = masks.blockwise_overlay(places)
+    own = masks.packed_sequence_mask_function(places)
+    for unknown in (
+        masks.or_masks(causal, blocks),
+        masks.and_masks(causal, own),
+        masks.packed_sequence_compatibility_function(blocks, places, places),
+        lambda b, h, q, k: q >= k,
+    ):
+        assert unknown_pattern(unknown, 4) is not None
+
+
+@pytest.mark.parametrize("name", ["indices", "cu_seq_lens_q"])
+def test_what_attention_over_ranks_does_not_know_is_refused(name):
+    transformers_here()
+    model = seeded(llama)
+    hp.parallelize(model, a_plan(15))
+    with pytest.raises(SequenceError, match=f"attends with '{name}'"):
+        model(input_ids=tokens_of(15)["input_ids"], **{name: torch.zeros(3)})
+
+
+def test_generation_with_a_cache_is_refused():
+    transformers_here()
+    model = seeded(llama)
+    hp.parallelize(model, a_plan(15))
+    with pytest.raises(SequenceError, match=r"hp.detach\(model\) before generate"):
+        model.generate(tokens_of(15)["input_ids"], max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize("make", [llama, vit])

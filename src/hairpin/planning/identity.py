@@ -54,9 +54,9 @@ def identity(model: nn.Module, *others: Any) -> str | None:
 def _surroundings() -> list[str]:
     """Versions, and the global switches of torch that change what a forward runs."""
     source, ours = hashlib.blake2b(digest_size=16), Path(__file__).parent.parent
-    for folder in (ours, ours / "graph", ours / "planning"):
-        for path in sorted(folder.rglob("*.py")):
-            source.update(path.read_bytes())
+    rooms = [path for room in ("graph", "planning") for path in (ours / room).rglob("*.py")]
+    for path in sorted([*ours.glob("*.py"), *rooms]):
+        source.update(path.read_bytes())
     return [
         sys.version,
         torch.__version__,

@@ -75,8 +75,9 @@ class AxialPlan:
             raise PlanError(
                 f"degree={self.degree!r} for axis={self.axis!r}; give one for each axis"
             )
-        numbers = [("degree", degree) for degree in self.degrees.values()]
-        for name, number in (*numbers, ("pieces", self.pieces), ("chunks", self.chunks)):
+        numbers: list[tuple[str, Any]] = [("degree", degree) for degree in self.degrees.values()]
+        numbers += [("pieces", self.pieces), ("chunks", self.chunks)]
+        for name, number in numbers:
             if not isinstance(number, int) or number < 1:
                 raise PlanError(f"{name}={number!r}; give a whole number of at least 1")
 

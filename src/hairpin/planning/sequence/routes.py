@@ -6,6 +6,7 @@ is registered beside the library's own, all others by watching for
 ``F.scaled_dot_product_attention`` while a named module runs.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -36,10 +37,17 @@ from hairpin.planning.sequence.mixing import (
     find_mixing,
     some_positions,
 )
+from hairpin.planning.sequence.patterns import unknown_pattern
 from hairpin.planning.sequence.plan import SequencePlan
 
 _MARK = "_hairpin_route"
 _NAME = "hairpin"  # of the attention implementation in transformers
+# What models hand to their attention that does not change what it computes.
+_HARMLESS = {
+    "cache_position", "deterministic", "labels", "logits_to_keep", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_embeddings", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -304,11 +312,37 @@ def _route_transformers(model: nn.Module, attachment: Attached) -> int:
             "does, or name its modules with hp.Route(attention=[...])"
         )
     _register()
+    _own_configs(inner)
     attachment.before = inner.config._attn_implementation
     inner.set_attn_implementation(_NAME)
     for module in inner.modules():
         attachment.mark(module)
     return 1
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Give a model a copy of its config: others may be built on the same one."""
+    from transformers import PretrainedConfig
+
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        configs = [(n, v) for n, v in vars(module).items() if isinstance(v, PretrainedConfig)]
+        for name, config in configs:
+            module.__dict__[name] = copy.deepcopy(config, copies)
+
+
+def _require_routed(model: nn.Module, attached: "Attached") -> None:
+    """Raise if somebody has chosen another attention implementation since."""
+    if attached.before is None:
+        return
+    inner: Any = next(m for m in model.modules() if _is_transformers(m))
+    now = inner.config._attn_implementation
+    if now != _NAME:
+        raise SequenceError(
+            f"this {type(inner).__name__} attends with {now!r} now, inside each rank's part alone; "
+            "take the plan off with hp.detach(model), choose the implementation, and attach the "
+            "plan again"
+        )
 
 
 def _is_transformers(module: nn.Module) -> bool:
@@ -324,8 +358,26 @@ def _register() -> None:
     AttentionMaskInterface.register(_NAME, transformers_mask)
 
 
-def transformers_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
-    """The padding mask ``[b, s]`` as it is: what a position may see follows from the plan."""
+def transformers_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    config: Any = None,
+    **options: Any,
+) -> Any:
+    """The padding mask ``[b, s]`` as it is: what a position may see follows from the plan.
+
+    Raises:
+        SequenceError: the model has a pattern of its own.
+    """
+    window = getattr(config, "sliding_window", None)
+    unknown = None if mask_function is None else unknown_pattern(mask_function, window)
+    if unknown is not None:
+        raise SequenceError(
+            f"{type(config).__name__}'s model masks its attention with {unknown}, which attention "
+            "over ranks does not do: causal, full and windowed attention go over ranks; take the "
+            "plan off with hp.detach(model)"
+        )
     return attention_mask
 
 
@@ -354,11 +406,18 @@ def transformers_attention(
             f"{label} has attention implementation 'hairpin' but carries no sequence plan; attach "
             "one with hp.parallelize(model, plan)"
         )
-    for name in ("softcap", "position_bias", "s_aux", "cache"):
-        if options.get(name) is not None:
+    for name, given in options.items():
+        if name not in _HARMLESS and given is not None:
             raise SequenceError(
-                f"{label} attends with {name!r}, which attention over ranks does not do yet"
+                f"{label} attends with {name!r}, which attention over ranks does not do yet; leave "
+                "it out if it can be, or take the plan off with hp.detach(model)"
             )
+    if query.shape[2] != attachment.held:
+        raise SequenceError(
+            f"{label} got {query.shape[2]} positions, and this rank holds {attachment.held} of "
+            f"{attachment.plan.length} positions: give what plan.shard gives; generation with a "
+            "cache does not go over ranks, so call hp.detach(model) before generate()"
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise SequenceError(
             f"{label} got a mask of shape {tuple(attention_mask.shape)}; give the padding mask "
@@ -576,6 +635,7 @@ class _First:
 
     @eager
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _require_routed(model, self.attached)
         plan = self.attached.plan
         mesh, axis = plan.split.mesh, plan.split.axis
         if model.training in self.asked or mesh.size(axis) == 1 or self.attached.probe is not None:
