@@ -14,6 +14,7 @@ from hairpin.exchange.api import attention
 from hairpin.exchange.mask import BlockSparse, Mask
 from hairpin.exchange.order import Order
 from hairpin.exchange.split import SequenceSplit
+from hairpin.exchange.stream import put_together, take
 from hairpin.run.launch import launch
 
 ORDERS = ("contiguous", "zigzag", "striped")
@@ -509,3 +510,34 @@ def two_axes():
 
 def test_on_one_axis_of_two():
     on_ranks(two_axes, 4)
+
+
+def evaluated_first():
+    """Gradients of a split that was first used for inference, and of another that was not."""
+    mesh, found = line(), []
+    made = torch.Generator().manual_seed(0)
+    whole = torch.randn(1, 4, 24, 8, dtype=WIDE, generator=made)
+    for way in ({}, {"turns": 3}, {"heads": 2}, {"order": "striped"}):
+        options = {"order": "zigzag"} | way
+        order = Order(options.pop("order"), 24)
+        mask = Mask(causal=True, blocks=BlockSparse(6, torch.ones(4, 4).tril() > 0))
+        fresh, used = (SequenceSplit(mesh, "sp", order, **options) for _ in range(2))
+        with torch.inference_mode():
+            part = take(whole, used, 2)
+            attention(part, part, part, used, mask=mask)
+            put_together(part, used, 2, grad="replicated")
+        grads = []
+        for split in (fresh, used):
+            x = whole.clone().requires_grad_()
+            part = take(x, split, 2)
+            y = attention(part, part, part, split, mask=mask, dropout=0.1)
+            put_together(y, split, 2, grad="replicated").square().sum().backward()
+            grads.append(x.grad)
+        kept = [used.positions, *(t for call in used.calls.values() for t in call.keys.values())]
+        if not torch.equal(*grads) or any(t.is_inference() for t in kept):
+            found.append(str(way))
+    return found
+
+
+def test_a_split_that_evaluated_under_inference_mode_trains_afterwards():
+    on_ranks(evaluated_first, 2)

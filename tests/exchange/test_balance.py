@@ -106,3 +106,12 @@ def test_blocks_that_nobody_sees_cost_nothing(kind, causal):
     else:
         assert total(work) == want
     assert want < 0.3 * length**2
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped", "documents"])
+@pytest.mark.parametrize("length", range(6))
+def test_a_sequence_may_be_much_shorter_than_there_are_places(kind, length):
+    order = Order(kind, length, (length,) if kind == "documents" else None)
+    held = [order.positions(4, place) for place in range(4)]
+    assert all(part.dtype == torch.int64 for part in held)
+    assert sorted(torch.cat(held).tolist()) == list(range(length))

@@ -63,6 +63,8 @@ def test_the_parts_of_all_ranks_are_the_whole(method):
     [
         ({}, "needs one of input_ids"),
         ({"input_ids": torch.zeros(1, 9)}, "length=9"),
+        ({"input_ids": torch.zeros(1, 10), "w": torch.ones(2)}, r"batch\['w'\] has shape \(2,\)"),
+        ({"input_ids": torch.zeros(1, 10), "w": torch.ones(2, 3)}, r"'w'.*\(2, 3\); give \[b, 10,"),
         ({"input_ids": torch.zeros(1, 10), "position_ids": torch.zeros(1, 10)}, "leave it out"),
         ({"input_ids": torch.zeros(1, 10), "labels": torch.zeros(1, 9)}, "not shifted"),
     ],
@@ -201,13 +203,13 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=24, n_layer=2, n_head=4, **drop))
 
 
-def esm2():
+def esm2(**changes):
     from transformers import EsmConfig, EsmForMaskedLM
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     rest = {"intermediate_size": 32, "position_embedding_type": "rotary", "pad_token_id": 1}
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return EsmForMaskedLM(EsmConfig(vocab_size=31, **sizes, **rest, **drop))
+    return EsmForMaskedLM(EsmConfig(vocab_size=31, **sizes, **rest, **drop, **changes))
 
 
 LANGUAGE = {"llama": (llama, True), "qwen3": (qwen3, True), "gpt2": (gpt2, True)}
@@ -562,25 +564,44 @@ def test_training_is_the_same_on_one_two_and_four_ranks(steps, dtype, tolerance)
             assert max(abs(a - b) / abs(a) for a, b in zip(one, losses, strict=True)) <= tolerance
 
 
-def dropping_on_ranks(recomputed):
-    """Dropout everywhere: in the attention and beside it, with and without recomputing."""
+def dropping_gpt2():
+    """Dropout everywhere: in the attention and beside it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    def make():
-        sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 2, "n_head": 4}
-        drop = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
-        return GPT2LMHeadModel(GPT2Config(**sizes, **drop))
+    sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    drop = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drop))
 
+
+def dropping_opt():
+    """Dropout by function, of positions and batch in one dim too."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "ffn_dim": 40}
+    drop = {"dropout": 0.3, "attention_dropout": 0.2}
+    return OPTForCausalLM(OPTConfig(**sizes, **drop, num_attention_heads=4))
+
+
+def recompute_layers(model):
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def dropping_on_ranks(make, recomputed):
+    """With and without recomputing, of the whole model or of its layers."""
     found = {}
     for mesh in (Mesh(sp=1), line()):
         model = seeded(make).train()
+        if recomputed == "layers":
+            recompute_layers(model)
         plan = hp.plan_sequence(mesh, length=15, mask=hp.Mask(causal=True))
         hp.parallelize(model, plan)
         part = plan.shard(tokens_of(15))
         labels = part.pop("shift_labels")
         torch.manual_seed(5)
         options = {**part, "use_cache": False}
-        out = checkpoint(model, use_reentrant=False, **options) if recomputed else model(**options)
+        again = recomputed == "all"
+        out = checkpoint(model, use_reentrant=False, **options) if again else model(**options)
         logits = out.logits
         loss = plan.loss(*loss_terms(logits, labels))
         loss.backward()
@@ -590,11 +611,98 @@ def dropping_on_ranks(recomputed):
     return far(many, one, 1e-10)
 
 
-@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_dropout_in_a_model_is_the_same_on_any_number_of_ranks(recomputed):
+@pytest.mark.parametrize(
+    ("make", "recomputed"),
+    [
+        pytest.param(dropping_gpt2, "nothing", marks=pytest.mark.slow),
+        (dropping_gpt2, "all"),
+        (dropping_opt, "nothing"),
+        (dropping_opt, "layers"),
+    ],
+)
+def test_dropout_in_a_model_is_the_same_on_any_number_of_ranks(make, recomputed):
     transformers_here()
-    for found in launch(dropping_on_ranks, 3, recomputed):
+    for found in launch(dropping_on_ranks, 3, make, recomputed):
         assert found == []
+
+
+def dropping(p, length=6, ranks=1, rank=0):
+    """A dropout of a model that carries a plan, seen from one rank."""
+    model = nn.Sequential(Attends(), nn.Dropout(p))
+    plan = a_plan(length, ranks=ranks)
+    object.__setattr__(plan.split, "positions", plan.split.positions_of(rank))
+    hp.parallelize(model, plan, way=hp.Route(attention=("0",)))
+    return model[1].train()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4), (2, 0), (0, 0, 4), (0, 3, 4)])
+def test_dropout_of_nothing_is_nothing(shape):
+    dropout = dropping(0.5, length=3, ranks=4, rank=3) if shape[1] == 0 else dropping(0.5, 3)
+    assert dropout(torch.zeros(shape)).shape == shape
+
+
+def test_dropout_where_positions_are_not_seen_is_refused_by_name():
+    dropout = dropping(0.5, length=12, ranks=4, rank=1)
+    with pytest.raises(SequenceError, match=r"module '1' drops .* \(5, 2, 3, 4\), .* 3 positions"):
+        dropout(torch.ones(5, 2, 3, 4))
+    assert dropout.eval()(torch.ones(5, 2, 3, 4)).eq(1).all()
+
+
+class Dropped(nn.Module):
+    """Dropout of a model's own: by function, in place, its module called by a child too."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.drop = Attends(), nn.Sequential(nn.Dropout(0.5))
+
+    def forward(self, x):
+        y = x.clone()
+        F.dropout(y, 0.25, self.training, True)
+        return self.drop(y), F.dropout(x, training=self.training)
+
+
+def test_dropout_by_function_is_in_place_where_asked_and_off_after_detaching():
+    model = Dropped()
+    model.forward = own = model.forward
+    hp.parallelize(model, a_plan(), way=hp.Route(attention=("attn",)))
+    x = torch.ones(2, 10, 50)
+    torch.manual_seed(3)
+    both, plain = model(x)
+    assert sorted(both.unique().tolist()) == [0.0, pytest.approx(2 / 0.75)]
+    assert 0.3 < float(both.ne(0).double().mean()) < 0.45
+    assert plain.unique().tolist() == [0.0, 2.0]
+    torch.manual_seed(3)
+    assert torch.equal(model(x)[0], both)
+    hp.detach(model)
+    assert model.forward is own
+    assert not any("forward" in child.__dict__ for child in model.children())
+
+
+class Recomputed(nn.Module):
+    """Recomputes a function of its forward, not a module."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.attn, self.reentrant = Attends(), reentrant
+
+    def forward(self, x):
+        return checkpoint(F.dropout, x.sin(), 0.5, self.training, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_in_a_function_that_is_recomputed_is_refused_by_name(reentrant):
+    model = nn.Sequential(Recomputed(reentrant))
+    hp.parallelize(model, a_plan(), way=hp.Route(attention=("0.attn",)))
+    with pytest.raises(SequenceError, match=r"module '0' calls F\.dropout in a part"):
+        model(torch.ones(2, 10, 4, requires_grad=True))
+
+
+def test_dropout_of_everything_has_no_gradient():
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    y = dropping(1.0)(x)
+    y.sum().backward()
+    assert not y.any()
+    assert x.grad.eq(0).all()
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -607,6 +715,58 @@ def test_a_model_whose_attention_cannot_be_routed_is_refused_by_name():
 
     with pytest.raises(SequenceError, match="no attention of this Eager can be routed"):
         hp.parallelize(Eager(), a_plan())
+
+
+ROPES = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {"short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0]},
+    "yarn": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_frequencies_that_follow_the_length_are_refused_above_the_original(rope):
+    transformers_here()
+    settings = {"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}
+    if rope in ("longrope", "yarn"):
+        settings["original_max_position_embeddings"] = 32
+    positions = 32 if rope == "dynamic" else 64
+    model = llama(rope_parameters=settings, max_position_embeddings=positions)
+    if rope in ("dynamic", "longrope"):
+        with pytest.raises(SequenceError, match=f"'model.rotary_emb' has rope_type='{rope}'.* 33 "):
+            hp.parallelize(model, a_plan(33, ranks=2))
+    else:
+        hp.detach(hp.parallelize(model, a_plan(33, ranks=2)))
+    for plan in (
+        a_plan(32, ranks=2),
+        a_plan(33),
+        a_plan(60, ranks=2, mask=hp.Mask(causal=True, documents=(32, 28))),
+    ):
+        hp.detach(hp.parallelize(model, plan))
+
+
+def test_embeddings_that_count_mask_tokens_are_refused_and_may_be_made_before():
+    transformers_here()
+    for found in launch(masked_on_ranks, 2):
+        assert found == []
+
+
+def masked_on_ranks():
+    """ESM-2 as released, with mask tokens in one rank's part alone."""
+    mesh = line()
+    tokens = torch.randint(4, 31, (2, 15), generator=torch.Generator().manual_seed(1))
+    tokens[:, 9:14:2] = 30
+    model = seeded(lambda: esm2(token_dropout=True, mask_token_id=30)).eval()
+    want = model(input_ids=tokens).logits
+    plan = hp.plan_sequence(mesh, length=15)
+    with pytest.raises(SequenceError, match=r"'esm\.embeddings' has token_dropout"):
+        hp.parallelize(model, plan)
+    embeds = model.esm.embeddings(input_ids=tokens)
+    model.esm.embeddings.token_dropout = False
+    hp.parallelize(model, plan)
+    got = plan.gather(model(**plan.shard({"inputs_embeds": embeds})).logits)
+    return [] if torch.allclose(got, want, atol=1e-10) else [float((got - want).abs().max())]
 
 
 class Attends(nn.Module):

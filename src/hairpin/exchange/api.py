@@ -87,7 +87,8 @@ def call_of(split: SequenceSplit, keys_split: SequenceSplit, mask: Mask, q: Tens
     if known is None:
         if len(split.calls) >= _KNOWN_CALLS:
             split.calls.clear()
-        known = split.calls[keys_split.order, mask] = _first_call(split, keys_split, mask)
+        with torch.inference_mode(False):  # it is kept, and training uses it too
+            known = split.calls[keys_split.order, mask] = _first_call(split, keys_split, mask)
     sizes = (q.shape[1], split.order.length, keys_split.order.length)
     scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
     return replace(known, scale=scale, heads=tuple(range(q.shape[1])), sizes=sizes)

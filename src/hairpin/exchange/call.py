@@ -67,7 +67,8 @@ class Call:
         if not self.heads:  # fewer heads than places: this one has none
             return []
         if owner not in self.known:
-            self.known[owner] = cut(self.queries, self.keys[owner], self.mask, self.key_length)
+            with torch.inference_mode(False):  # they are kept, and training uses them too
+                self.known[owner] = cut(self.queries, self.keys[owner], self.mask, self.key_length)
         return self.known[owner]
 
 

@@ -51,7 +51,7 @@ class Order:
     def positions(self, places: int, place: int) -> Tensor:
         """Global positions that ``place`` holds, int64, ascending."""
         if self.kind == "striped":
-            return torch.arange(place, self.length, places)
+            return torch.arange(min(place, self.length), self.length, places)
         if self.kind == "contiguous":
             return _run(0, self.length, places, place)
         lengths = (self.documents or ()) if self.kind == "documents" else (self.length,)

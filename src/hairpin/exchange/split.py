@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from hairpin.comm.mesh import Mesh
@@ -110,8 +111,9 @@ class SequenceSplit:
     def positions_of(self, rank: int) -> Tensor:
         """Global positions that a rank of the axis holds."""
         ring, heads = self.place(rank)
-        of_ring = self.order.positions(self.ring, ring)
-        return of_ring.tensor_split(self.heads)[heads]
+        with torch.inference_mode(False):  # they are kept, and training uses them too
+            of_ring = self.order.positions(self.ring, ring)
+            return of_ring.tensor_split(self.heads)[heads]
 
     def heads_places(self) -> Places:
         """The places that turn the split with this rank."""

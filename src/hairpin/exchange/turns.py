@@ -89,7 +89,8 @@ def _parts(call: Call, count: int) -> list[Part]:
         own = slice(0, len(call.keys[call.own]))
         return [Part(call.keys, ((own, own),), call.known)]
     if count not in call.parts:
-        call.parts[count] = [_part(call, count, i) for i in range(count)]
+        with torch.inference_mode(False):  # they are kept, and training uses them too
+            call.parts[count] = [_part(call, count, i) for i in range(count)]
     return call.parts[count]
 
 

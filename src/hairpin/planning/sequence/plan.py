@@ -95,6 +95,8 @@ class SequencePlan:
         whole = {name: x for name, x in batch.items() if name != "labels"}
         if "labels" in batch:
             whole["shift_labels"] = self._shifted(batch["labels"])
+        for name, x in whole.items():
+            self._require_length(name, x)
         part = {name: take(x, self.split, 1) for name, x in whole.items()}
         ids = self._position_ids()[self.positions].to(tokens.device)
         part["position_ids"] = ids.expand(tokens.shape[0], -1)
@@ -170,6 +172,16 @@ class SequencePlan:
         if self._notes.get(model) != note:
             _log.warning("%s: %s", model, note)
         self._notes[model] = note
+
+    def _require_length(self, name: str, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.length:
+            longer = (
+                f", or plan with length={x.shape[1]}" if name in _TOKENS and x.dim() > 1 else ""
+            )
+            raise SequenceError(
+                f"batch[{name!r}] has shape {tuple(x.shape)}; give [b, {self.length}, ...]{longer},"
+                " or leave it out and pass it beside the part"
+            )
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """The label of the next position; -100 at the end of each document."""

@@ -25,9 +25,10 @@ from hairpin.exchange.joint import joint_attention
 from hairpin.exchange.mask import Mask
 from hairpin.exchange.port import Qkv
 from hairpin.exchange.stream import put_together, take
-from hairpin.kernels.random import uniform
 from hairpin.kernels.routed import GatedLinearAttention, SoftmaxAttention
 from hairpin.planning.hooks import drop_hooks
+from hairpin.planning.sequence.counted import refuse_counted
+from hairpin.planning.sequence.dropping import draw_seed, route_dropout, take_off_dropping
 from hairpin.planning.sequence.mixing import (
     FEWEST,
     NoAnswer,
@@ -120,6 +121,7 @@ def route(model: nn.Module, plan: SequencePlan, way: Route | None = None) -> nn.
             f"this {type(model).__name__} already carries a sequence plan; call hp.detach(model) "
             "first"
         )
+    refuse_counted(model, plan)
     attachment = Attached(plan)
     try:
         _route(model, attachment, way)
@@ -146,7 +148,7 @@ def _route(model: nn.Module, attachment: "Attached", way: Route | None) -> None:
         )
     if way.blocks is not None:
         _route_stream(model, prefix, way, attachment)
-    _route_dropout(model, attachment)
+    route_dropout(model, attachment.plan)
     first = _First(attachment, cuts=way.blocks is not None)
     model.register_forward_pre_hook(first, with_kwargs=True)
 
@@ -164,6 +166,7 @@ def _take_off(model: nn.Module) -> None:
     """Take off what the modules of this model carry; a copy of it keeps its own."""
     for module in model.modules():
         attachment = module.__dict__.pop(_MARK, None)
+        take_off_dropping(module)
         if isinstance(module.__dict__.get("forward"), _ROUTED):
             del module.__dict__["forward"]
         drop_hooks(module, lambda hook: isinstance(hook, _HOOKS))
@@ -195,7 +198,7 @@ class Attached:
         if self.probe is not None:
             return self.probe.attend(q, k, v)
         if options.get("dropout"):
-            options["seed"] = _seed()
+            options["seed"] = draw_seed()
         return attention(q, k, v, self.plan.split, **options)
 
     @property
@@ -230,11 +233,6 @@ class Attached:
     def replace_forward(self, module: nn.Module, forward: Callable[..., object]) -> None:
         """Give one module another forward."""
         module.__dict__["forward"] = forward
-
-
-def _seed() -> int:
-    """One draw from torch's CPU generator: alike on all ranks, and again when recomputed."""
-    return int(torch.randint(2**62, ()).item())
 
 
 def _name(module: nn.Module) -> str:
@@ -687,40 +685,5 @@ def _mixing(model: nn.Module, path: str) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------- dropout
-
-
-def _route_dropout(model: nn.Module, attachment: Attached) -> None:
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            attachment.replace_forward(module, _Dropout(module, attachment.plan))
-
-
-@dataclass(frozen=True)
-class _Dropout:
-    """Dropout of ``[b, s, ...]`` by global position: the same mask on any number of ranks.
-
-    A tensor whose dim 1 is not this rank's part of the sequence is taken as whole.
-    """
-
-    module: nn.Dropout
-    plan: SequencePlan
-
-    def __call__(self, x: Tensor) -> Tensor:
-        p = float(self.module.p)
-        if not self.module.training or p == 0.0:
-            return x
-        seed = _seed()
-        positions, length = self.plan.positions, self.plan.length
-        if x.dim() < 2 or x.shape[1] != len(positions):
-            index = torch.arange(x.numel(), device=x.device).view(x.shape)
-        else:
-            rest = x[0, 0].numel()
-            rows = torch.arange(x.shape[0])[:, None] * length + positions
-            index = (rows[..., None] * rest + torch.arange(rest)).view(x.shape).to(x.device)
-        kept = uniform(index, seed) >= p
-        return torch.where(kept, x / (1.0 - p), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-_ROUTED = (_Softmax, _Linear, _Watched, _Dropout)
+_ROUTED = (_Softmax, _Linear, _Watched)
 _HOOKS = (_Enter, _Beside, _Leave, _First)
