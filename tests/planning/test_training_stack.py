@@ -1,10 +1,13 @@
 """Budgets for the training of stacks: loops in blocks, and over the head and the loss."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hairpin as hp
+from hairpin.errors import TraceError
 from hairpin.run.profile import peak_cpu_bytes
 from marks import slow
 
@@ -158,3 +161,46 @@ def test_a_call_without_an_argument_trains_too(with_head: bool) -> None:
     model.zero_grad()
     peak = peak_cpu_bytes(lambda: model(x).backward())
     assert peak <= budget if with_head else peak < whole  # see "Limits" in docs/memory.md
+
+
+class Quantized(nn.Module):
+    """An MLP whose hidden values are rounded, and learn as if they were not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        out: Tensor = x + self.down(hidden + (hidden.round() - hidden).detach())
+        return out
+
+
+def test_code_that_stops_gradients_is_left_and_the_rest_is_planned() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Quantized(), Layer(), Quantized(), Layer()).train()
+    x = torch.randn(2, 64, 16)
+    model(x).square().mean().backward()
+    truth = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    whole = hp.estimate(model, x, backward=True)
+    plan = hp.plan(model, x, memory=int(0.8 * whole), backward=True)
+    assert "Sequential changes its own gradients" in plan.left[""]
+    assert [loops.modules for loops in plan.loops] == [("1", "3")]
+    hp.parallelize(model, plan)
+    model(x).square().mean().backward()
+    for parameter, grad in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_plan_from_a_file_refuses_code_that_stops_gradients_now(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Layer(), Layer()).train(), torch.randn(2, 64, 16)
+    whole = hp.estimate(model, x, backward=True)
+    hp.plan(model, x, memory=int(0.7 * whole), backward=True).save(tmp_path / "plan.toml")
+    hp.parallelize(model, hp.Plan.load(tmp_path / "plan.toml"))
+    forward = Layer.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layer, "forward", lambda self, x: forward(self, x.detach()))
+        with pytest.raises(TraceError, match="detach"):
+            model(x.requires_grad_())

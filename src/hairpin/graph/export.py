@@ -13,7 +13,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,6 +30,8 @@ from torch.utils._pytree import (
 )
 
 from hairpin.errors import TraceError
+from hairpin.graph.autocast import autocast_now
+from hairpin.graph.gradients import noting_backwards, require_own_gradients
 from hairpin.graph.leaf import (
     TENSOR,
     BlockCall,
@@ -298,14 +300,17 @@ def trace(
     kwargs: Mapping[str, Any],
     *,
     blocks: Mapping[str, "Traced"] | None = None,
+    backward: bool = False,
 ) -> Traced:
     """Export one block at these arguments; every length above 1 stays open where the code lets it.
 
     Args:
         blocks: path of a submodule -> its graph: its calls stay single steps of this one.
+        backward: the graph is to be differentiated.
 
     Raises:
-        TraceError: the block cannot be exported, with the reason.
+        TraceError: the block cannot be exported, with the reason, or with ``backward`` its code
+            changes its own gradients.
         OtherCall: a block inside it is called in another way than its graph was traced.
     """
     args, kwargs = canonical(block.forward, args, kwargs)
@@ -313,7 +318,7 @@ def trace(
     call = Call(spec, tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves))
     paths = tuple("".join(map(str, path)) for path, _ in tree_flatten_with_path((args, kwargs))[0])
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return trace_call(block, call, tensors, paths, blocks=blocks)
+    return trace_call(block, call, tensors, paths, blocks=blocks, backward=backward)
 
 
 def trace_call(
@@ -323,14 +328,17 @@ def trace_call(
     paths: tuple[str, ...],
     *,
     blocks: Mapping[str, "Traced"] | None = None,
+    backward: bool = False,
 ) -> Traced:
     """Export one block at a call of it, which may make some of its arguments itself.
 
     Args:
         paths: of the call's arguments, for messages.
+        backward: the graph is to be differentiated.
 
     Raises:
-        TraceError: the block cannot be exported, with the reason.
+        TraceError: the block cannot be exported, with the reason, or with ``backward`` its code
+            changes its own gradients.
         OtherCall: a block inside it is called in another way than its graph was traced.
     """
     tensors = _distinct(tensors)
@@ -341,9 +349,7 @@ def trace_call(
             _storing_nothing(block),
             as_leaves(block, blocks or {}) as sites,
         ):
-            exported = torch.export.export(
-                _Flat(block, call), tensors, dynamic_shapes=_open(tensors), strict=False
-            )
+            exported = _exported(block, call, tensors, backward=backward)
             guards = _guards(exported.graph_module)
             exported = exported.run_decompositions({})
     except (OtherCall, NotALeaf, TraceError):
@@ -351,6 +357,35 @@ def trace_call(
     except Exception as error:
         raise TraceError(f"{type(block).__name__} cannot be exported: {_reason(error)}") from error
     return _traced(block, exported, guards=guards, call=call, paths=paths, sites=sites)
+
+
+def _exported(
+    block: nn.Module, call: Call, tensors: tuple[Tensor, ...], *, backward: bool
+) -> torch.export.ExportedProgram:
+    """The block's own operations; only in grad mode do they show where that is switched off."""
+    nothing: AbstractContextManager[list[str]] = nullcontext([])
+    noting = noting_backwards() if backward else nothing
+    with torch.set_grad_enabled(backward), noting as notes:
+        exported = torch.export.export(
+            _Flat(block, call), tensors, dynamic_shapes=_open(tensors), strict=False
+        )
+    _require_one_autocast(block, exported)
+    if backward:
+        require_own_gradients(type(block).__name__, exported, notes)
+    return exported
+
+
+def _require_one_autocast(block: nn.Module, exported: torch.export.ExportedProgram) -> None:
+    """Raise where a setting within a setting would be lost: a graph runs under the outer one."""
+    modules = exported.graph_module.modules()
+    graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+    if autocast_now() and any(
+        str(node.target) == "wrap_with_autocast" for graph in graphs for node in graph.nodes
+    ):
+        raise TraceError(
+            f"the forward of {type(block).__name__} sets torch.autocast itself, and is planned "
+            f"under torch.autocast ({autocast_now()}) that it changes"
+        )
 
 
 @contextmanager

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hairpin.graph.autocast import autocast_now
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, slice, type(...))
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _KNOWN_ROOTS = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "hairpin", "builtins"}
@@ -68,8 +70,7 @@ def _surroundings() -> list[str]:
 def _switches() -> Iterator[object]:
     yield from (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
     yield torch.is_inference_mode_enabled()
-    for kind in ("cpu", "cuda"):
-        yield from (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    yield autocast_now()
     yield torch.are_deterministic_algorithms_enabled()
     yield torch.get_float32_matmul_precision()
     yield torch.backends.mkldnn.enabled

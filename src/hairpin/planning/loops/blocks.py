@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from hairpin.errors import HairpinError, PlanError
+from hairpin.errors import HairpinError, PlanError, TraceError
+from hairpin.graph.autocast import autocast_now
 from hairpin.graph.meter import Held, Meter
 from hairpin.planning.example import Example, plainly
 
@@ -44,6 +45,7 @@ class Group:
         entry_bytes: most bytes alive when one of them begins.
         inner_bytes: most bytes that one holds while it runs, its outputs included.
         outputs: shapes of what it returns, as empty tensors.
+        autocast: setting of torch.autocast that they are called under.
     """
 
     paths: list[str]
@@ -54,6 +56,19 @@ class Group:
     outputs: Any
     signature: tuple[Any, ...]
     ops: tuple[Any, ...]
+    autocast: str
+
+    def require_autocast(self) -> None:
+        """Raise unless the blocks are called under the setting that is planned under.
+
+        Raises:
+            TraceError: the model's own code sets another.
+        """
+        if self.autocast != autocast_now():
+            raise TraceError(
+                "the model's own code calls it under another torch.autocast than hp.plan was "
+                "called under, and its graph would have other dtypes"
+            )
 
 
 @dataclass
@@ -300,7 +315,8 @@ class _Watch:
 
     def call(self, path: str, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """One call of a block: run and note it, or repeat what an equal one did."""
-        signature = (kind_of(block), _call_signature(args, kwargs))
+        autocast = autocast_now()
+        signature = (kind_of(block), _call_signature(args, kwargs), autocast)
         exact = (signature, _numbers(block))
         entry = self.meter.live_bytes
         group = self.known.get(exact)
@@ -336,6 +352,7 @@ class _Watch:
                 outputs=self._hollow(output),
                 signature=signature,
                 ops=ops.written(),
+                autocast=autocast,
             )
             self.found.groups.append(same)
         self.known[exact] = same

@@ -76,7 +76,8 @@ def _blocks(model: nn.Module, example: Example, fitted: Fitted, say: Progress) -
         block = model.get_submodule(path)
         args, kwargs = tree_map_only(Tensor, filled, (group.args, group.kwargs))
         try:
-            traced = trace(block, args, kwargs)
+            group.require_autocast()
+            traced = trace(block, args, kwargs, backward=True)
         except TraceError as error:
             fitted.left[path] = str(error)
             continue
@@ -102,7 +103,7 @@ def _whole_model(
     flags = [leaf.requires_grad for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, example)
     try:
-        traced = trace(model, args, kwargs)
+        traced = trace(model, args, kwargs, backward=True)
     except TraceError as error:
         raise _too_little(model, fitted, fitted.whole_peak_bytes, str(error)) from error
     for leaf, flag in zip(tree_leaves((args, kwargs)), flags, strict=False):
@@ -216,7 +217,7 @@ class _Rest:
         self.say(f"tracing {type(self.model).__name__} around them")
         args, kwargs = tree_map_only(Tensor, _plain, self.example)
         try:
-            traced = trace(self.model, args, kwargs, blocks=leaves)
+            traced = trace(self.model, args, kwargs, blocks=leaves, backward=True)
         except (TraceError, OtherCall, NotALeaf) as error:
             self.fitted.left[""] = str(error)
             return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hairpin.graph.autocast import autocast_now
 from hairpin.graph.memory import Flow
 from hairpin.planning.loops.choose import Choice
 from hairpin.planning.loops.program import Program
@@ -69,6 +70,7 @@ class BlockLoops:
         peak_bytes: what it holds, certified; ``whole_peak_bytes`` without loops.
         margin_bytes: how much the certificate found beyond the search's estimate.
         rewrites: what brings the graph into the order that the loops are of.
+        autocast: setting of torch.autocast that it was planned under.
     """
 
     modules: tuple[str, ...]
@@ -83,6 +85,7 @@ class BlockLoops:
     margin_bytes: int
     loops: tuple[LoopRegion, ...]
     rewrites: tuple[Rewrite, ...] = ()
+    autocast: str = ""
 
 
 def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int) -> BlockLoops:
@@ -100,6 +103,7 @@ def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int)
         margin_bytes=program.margin_bytes,
         loops=tuple(_loop(program.search.flow, choice) for choice in program.choices),
         rewrites=program.search.rewrites,
+        autocast=autocast_now(),
     )
 
 

@@ -35,6 +35,7 @@ class Graphs:
     Args:
         blocks: modules that may be given loops; default: those that repeat, and what is around.
         attached: while its block lasts, the model runs as one rank of a split would.
+        backward: the graphs are to be differentiated.
 
     Attributes:
         traced: graph of each block.
@@ -51,6 +52,7 @@ class Graphs:
     say: Progress = lambda _: None
     blocks: Sequence[str] | None = None
     attached: Callable[[], AbstractContextManager[None]] = nullcontext
+    backward: bool = False
     seen: Overview = field(init=False)
     traced: dict[str, Traced] = field(default_factory=dict)
     around: Traced | None = None
@@ -151,7 +153,9 @@ class Graphs:
         self.say(f"tracing {path}")
         args, kwargs = tree_map_only(Tensor, filled, (group.args, group.kwargs))
         try:
-            traced = trace(self.model.get_submodule(path), args, kwargs)
+            group.require_autocast()
+            block = self.model.get_submodule(path)
+            traced = trace(block, args, kwargs, backward=self.backward)
         except TraceError as error:
             self.left[path] = str(error)
             return
@@ -163,7 +167,7 @@ class Graphs:
         while True:
             try:
                 leaves = {p: g for p, g in self.traced.items() if p not in self.inlined}
-                return trace(self.model, args, kwargs, blocks=leaves)
+                return trace(self.model, args, kwargs, blocks=leaves, backward=self.backward)
             except NotALeaf as block:
                 group = next(group for group in self.seen.groups if block.path in group.paths)
                 self.inlined.update(group.paths)
@@ -204,7 +208,7 @@ class Graphs:
                 continue
             tensors = [filled(_hollow(value)) for value in sunk.calls[first]]
             block, old = self.model.get_submodule(first), self.traced[first]
-            traced = trace_call(block, calls[first], tensors, old.paths)
+            traced = trace_call(block, calls[first], tensors, old.paths, backward=self.backward)
             for each in paths:
                 self.traced[each], self.given[each] = traced, tensors
         self.around = sunk.around

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.errors import PlanError, TraceError
+from hairpin.graph.autocast import autocast_now
 from hairpin.graph.export import Traced, filled, trace
 from hairpin.graph.leaf import Call
 from hairpin.planning.example import Example
@@ -75,6 +76,8 @@ class LoopedForward:
                 f"this {loops.block} is in {now} and its loops were planned in {then}; plan again "
                 f"after model.{now}"
             )
+        if autocast_now() != loops.autocast:
+            raise PlanError(_other_autocast(loops.block, loops.autocast))
         if stamp(block) != self.stamp:
             raise PlanError(_changed(loops.block))
         if not loops.backward and torch.is_grad_enabled() and _wants_gradients(block, args, kwargs):
@@ -89,6 +92,17 @@ def _changed(block: str) -> str:
     return (
         f"this {block} has changed since it was planned (a setting, a mode, a hook or a layer "
         "inside it), and its loops compute what it was; hp.detach the model and plan again"
+    )
+
+
+def _other_autocast(block: str, planned: str) -> str:
+    then, now = (
+        f"under torch.autocast ({setting})" if setting else "without torch.autocast"
+        for setting in (planned, autocast_now())
+    )
+    return (
+        f"the loops of this {block} were planned {then} and are called {now}, which computes in "
+        "other dtypes; call hp.plan under the same torch.autocast as the model"
     )
 
 
@@ -168,7 +182,8 @@ class Shared:
     def _traced_alone(self, block: nn.Module, call: Example, reason: str) -> Program:
         """The program of a block as it is called now."""
         with _bare(block):
-            traced = trace(block, *tree_map_only(FakeTensor, filled, call))
+            args, kwargs = tree_map_only(FakeTensor, filled, call)
+            traced = trace(block, args, kwargs, backward=self.loops.backward)
         if not self.programs:
             made = self._restored(traced)
         else:
@@ -207,7 +222,8 @@ class Shared:
                 raise PlanError(f"this {type(model).__name__} is called otherwise: {reason}")
         else:
             with _bare(model):
-                graphs = Graphs(model, call, self.loops.budget_bytes)
+                loops = self.loops
+                graphs = Graphs(model, call, loops.budget_bytes, backward=loops.backward)
                 graphs.look_inside()
                 graphs.look_around()
             if graphs.around is None:
