@@ -2,9 +2,12 @@
 
 import copy
 import io
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,3 +289,220 @@ def test_a_call_that_keeps_gradients_is_refused(plan):
         model(X)
     with torch.no_grad():
         model(X)
+
+
+def attending():
+    """Two blocks with settings of all sorts, and a head that shares its weights."""
+
+    class Set(Block):
+        def __init__(self):
+            super().__init__()
+            self.act, self.cfg, self.scales = torch.tanh, {"k": [1.0]}, (1.0, 2.0)
+            self.style = SimpleNamespace(shift=0.5)
+
+        def forward(self, x):
+            factor = self.cfg["k"][0] * self.scales[1] + self.style.shift
+            return super().forward(x) + factor * self.act(x)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = Stack(Set(), Set())
+            self.first, self.last = nn.Linear(8, 64), nn.Linear(8, 64)
+            self.last.weight = self.first.weight
+
+        def forward(self, x):
+            x = self.blocks(x)
+            return (self.first(x) * self.last(x)).exp().amax(-1)
+
+    torch.manual_seed(1)
+    return Tied().double().eval()
+
+
+@pytest.fixture(scope="module")
+def settings_model():
+    model = attending()
+    plan = hp.plan(model, X, memory=hp.estimate(model, X) // 3)
+    assert "" in plan.programs
+    return model, plan
+
+
+def other_function(model):
+    model.blocks.blocks[0].act = torch.sin
+
+
+def other_item(model):
+    model.blocks.blocks[0].cfg["k"][0] = 3.0
+
+
+def other_tuple(model):
+    model.blocks.blocks[1].scales = (1.0, 3.0)
+
+
+def other_object(model):
+    model.blocks.blocks[1].style.shift = 0.7
+
+
+def untied(model):
+    model.last.weight = nn.Parameter(model.first.weight * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_function, other_item, other_tuple, other_object, untied],
+    ids=lambda f: f.__name__,
+)
+def test_settings_of_all_sorts_and_tied_weights_may_not_change(change, settings_model):
+    model, plan = copy.deepcopy(settings_model[0]), settings_model[1]
+    wanted = eager(model)
+    hp.parallelize(model, plan)
+    twin = copy.deepcopy(model)
+    assert difference([eager(model)], [wanted], 1e-12) is None
+    change(model)
+    with pytest.raises(PlanError, match="has changed since it was planned"):
+        eager(model)
+    assert difference([eager(twin)], [wanted], 1e-12) is None  # a copy has settings of its own
+
+
+def test_an_activation_of_a_torch_layer_may_not_change():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 64, 32)
+    plan = hp.plan(model, x, memory=int(0.8 * hp.estimate(model, x)))
+    assert plan.loops
+    hp.parallelize(model, plan)
+    for each in model.layers:
+        each.activation = torch.tanh
+    with pytest.raises(PlanError, match="has changed since it was planned"):
+        eager(model, x)
+
+
+def test_hooks_on_a_block_that_were_there_before_run_once():
+    for paths in (("blocks.0",), ("",)):
+        model = stack() if paths[0] else Block().double().eval()
+        calls = []
+
+        def double(module, given, output, calls=calls):
+            calls.append(type(output))
+            return 2 * output
+
+        for path in paths:
+            model.get_submodule(path).register_forward_hook(double)
+        wanted = eager(model)
+        plan = planned(model, (X,), 0.7)
+        assert plan.loops
+        calls.clear()
+        hp.parallelize(model, plan)
+        assert difference([eager(model)], [wanted], 1e-12) is None
+        assert calls == [torch.Tensor]
+
+
+def hooks(module):
+    yield module.register_forward_hook
+    yield module.register_forward_pre_hook
+    yield module.register_full_backward_hook
+    yield module.register_full_backward_pre_hook
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_a_block_with_a_hook_inside_is_left_and_named(kind):
+    model, calls = Stack(Block(), Block(), Block()).double(), []
+    budget = int(0.9 * hp.estimate(model, X, backward=True))
+    list(hooks(model.blocks[1].up))[kind](lambda *_: calls.append(1))
+    plan = hp.plan(model, X, memory=budget, backward=True)
+    assert "'up'" in plan.left["blocks.1"]
+    assert {path for loops in plan.loops for path in loops.modules} == {"blocks.0", "blocks.2"}
+    hp.parallelize(model, plan)
+    calls.clear()
+    model(X).sum().backward()
+    assert calls == [1]
+
+
+def test_hooks_inside_all_blocks_leave_nothing_to_loop_over():
+    model = stack()
+    budget = hp.estimate(model, X) // 2
+    for block in model.blocks:
+        block.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(hp.MemoryBudgetError, match="module 'up' inside this Block carries a hook"):
+        hp.plan(model, X, memory=budget)
+
+
+@pytest.fixture(scope="module")
+def training_plan():
+    model = stack().train()
+    return hp.plan(model, X, memory=int(0.6 * hp.estimate(model, X, backward=True)), backward=True)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_a_hook_inside_a_planned_block_is_refused(kind, training_plan):
+    model = stack().train()
+    hp.parallelize(model, training_plan)
+    model(X)
+    list(hooks(model.blocks[1].up))[kind](lambda *_: None)
+    with pytest.raises(PlanError, match="has changed since it was planned"):
+        model(X)
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 8), (2, 1, 8), (1, 1, 8)])
+def test_a_length_of_one_keeps_to_the_budget(plan, shape):
+    model, x = stack(), torch.randn(shape, dtype=WIDE)
+    wanted, whole = eager(model, x), hp.estimate(model, x)
+    hp.parallelize(model, plan)
+    assert (hp.estimate(model, x) < whole) == (whole > plan.memory_bytes)
+    assert hp.profile(model, x).peak_bytes <= plan.memory_bytes
+    assert difference([eager(model, x)], [wanted], 1e-12) is None
+
+
+def test_a_length_of_one_keeps_to_the_budget_in_training(training_plan):
+    model, x = stack().train(), torch.randn(1, 80, 8, dtype=WIDE)
+    assert hp.estimate(model, x, backward=True) > training_plan.memory_bytes
+    hp.parallelize(model, training_plan)
+    assert hp.estimate(model, x, backward=True) <= training_plan.memory_bytes
+
+
+@pytest.mark.parametrize("length", [48, 60, 384])
+def test_a_training_plan_from_a_file_acts_as_the_fresh_one(training_plan, length):
+    x, outcomes = torch.randn(2, length, 8, dtype=WIDE), []
+    for plan in (training_plan, type(training_plan).from_toml(training_plan.to_toml())):
+        assert plan == training_plan
+        model = stack().train()
+        hp.parallelize(model, plan)
+        try:
+            model(x).square().sum().backward()
+        except hp.MemoryBudgetError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append((hp.estimate(model, x, backward=True), model.blocks[0].up.weight.grad))
+    fresh, filed = outcomes
+    if length == 384:
+        assert "cannot be trained in" in fresh
+        assert fresh == filed
+    else:
+        assert fresh[0] == filed[0]
+        torch.testing.assert_close(fresh[1], filed[1])
+
+
+def test_a_training_plan_without_its_laws_is_refused(training_plan):
+    loops = tuple(replace(each, kept=(), loop_peaks=()) for each in training_plan.loops)
+    model = stack().train()
+    hp.parallelize(model, replace(training_plan, loops=loops, programs={}))
+    with pytest.raises(PlanError, match="make it again"):
+        model(X)
+
+
+def test_a_plan_is_pickled_without_its_graphs(plan):
+    copied = pickle.loads(pickle.dumps(plan))  # noqa: S301 - our own bytes
+    assert copied == plan
+    assert plan.programs
+    assert not copied.programs
+    model = stack()
+    assert difference([looped(model, copied, X)], [eager(model)], 1e-12) is None
+
+
+def test_a_model_with_loops_says_how_to_be_saved(plan):
+    model = stack()
+    hp.parallelize(model, plan)
+    with pytest.raises(PlanError, match="state_dict"):
+        torch.save(model, io.BytesIO())
+    hp.detach(model)
+    torch.save(model, io.BytesIO())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+import hairpin as hp
 from hairpin.bench import evoformer
 from hairpin.errors import MemoryBudgetError, PlanError, TraceError
 from hairpin.graph.export import trace
@@ -357,6 +358,17 @@ def test_a_budget_out_of_reach_says_what_was_reached() -> None:
     with pytest.raises(MemoryBudgetError, match="cannot be trained in") as caught:
         _program(block, args, 0.01)
     assert caught.value.floor_bytes > 0
+
+
+def test_a_model_that_no_loops_were_found_for_says_so() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
+    )
+    x = torch.randn(2, 3, 32, 32)
+    whole = hp.estimate(model, x, backward=True)
+    with pytest.raises(MemoryBudgetError, match="no loops were found") as caught:
+        hp.plan(model, x, memory=whole // 8, backward=True)
+    assert caught.value.floor_bytes == whole
 
 
 class Masked(Attention):

@@ -166,6 +166,14 @@ class Plan:
                     + ("a whole number above 0" if kind is int else f"a {kind.__name__}")
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the plan as a file holds it, without graphs."""
+        return {**vars(self), "programs": {}, "origin": None}
+
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        """A copy of a model shares its plan, which does not change."""
+        return self
+
     @property
     def split_dims(self) -> tuple[str, ...]:
         """Dims that are split somewhere."""

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +27,8 @@ from hairpin.errors import HairpinError, PlanError, TraceError
 from hairpin.graph.autocast import autocast_now
 from hairpin.graph.meter import Held, Meter
 from hairpin.planning.example import Example, plainly
+from hairpin.planning.loops.hookless import hooks_inside
+from hairpin.planning.loops.settings import setting
 
 _INDEX_NAMES = frozenset(
     {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"}
@@ -316,7 +316,8 @@ class _Watch:
     def call(self, path: str, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """One call of a block: run and note it, or repeat what an equal one did."""
         autocast = autocast_now()
-        signature = (kind_of(block), _call_signature(args, kwargs), autocast)
+        kind, hooked = kind_of(block), bool(hooks_inside(block))
+        signature = (kind, hooked, _call_signature(args, kwargs), autocast)
         exact = (signature, _numbers(block))
         entry = self.meter.live_bytes
         group = self.known.get(exact)
@@ -553,24 +554,5 @@ def _settings(module: nn.Module, *, index: bool) -> tuple[Any, ...]:
             or (name in _INDEX_NAMES) != index
         ):
             continue
-        found.append((name, _setting(value)))
+        found.append((name, setting(value)))
     return tuple(found)
-
-
-def _setting(value: Any) -> Any:
-    """A value that is equal for objects that act the same; else the object's identity."""
-    if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return tuple(_setting(item) for item in value)
-    if isinstance(value, FunctionType):
-        bare = not (value.__closure__ or value.__defaults__ or value.__kwdefaults__)
-        return (value.__module__, value.__qualname__, value.__code__) if bare else id(value)
-    if isinstance(value, (Tensor, partial)):
-        return id(value)
-    inside = getattr(value, "__dict__", None)
-    if isinstance(inside, dict) and all(
-        isinstance(item, (bool, int, float, str, type(None))) for item in inside.values()
-    ):
-        return (type(value).__qualname__, tuple(sorted((k, repr(v)) for k, v in inside.items())))
-    return id(value)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.errors import MemoryBudgetError, TraceError
-from hairpin.graph.export import Traced, filled, trace
+from hairpin.graph.export import Traced, filled
 from hairpin.graph.leaf import NotALeaf, OtherCall
 from hairpin.graph.meter import Timeline, measure
 from hairpin.planning.example import Example, plainly
 from hairpin.planning.loops.blocks import Group, overview
 from hairpin.planning.loops.budget import Fitted, Progress
+from hairpin.planning.loops.hookless import trace_block
 from hairpin.planning.loops.program import Program
 from hairpin.planning.loops.search import Search
 from hairpin.planning.loops.stamp import stamp
@@ -77,7 +78,7 @@ def _blocks(model: nn.Module, example: Example, fitted: Fitted, say: Progress) -
         args, kwargs = tree_map_only(Tensor, filled, (group.args, group.kwargs))
         try:
             group.require_autocast()
-            traced = trace(block, args, kwargs, backward=True)
+            traced = trace_block(block, args, kwargs, backward=True)
         except TraceError as error:
             fitted.left[path] = str(error)
             continue
@@ -103,7 +104,7 @@ def _whole_model(
     flags = [leaf.requires_grad for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, example)
     try:
-        traced = trace(model, args, kwargs, backward=True)
+        traced = trace_block(model, args, kwargs, backward=True)
     except TraceError as error:
         raise _too_little(model, fitted, fitted.whole_peak_bytes, str(error)) from error
     for leaf, flag in zip(tree_leaves((args, kwargs)), flags, strict=False):
@@ -114,7 +115,9 @@ def _whole_model(
     try:
         program = make_training_program(Search.of(traced), fitted.budget_bytes, flat, speeds)
     except MemoryBudgetError as error:
-        raise _too_little(model, fitted, error.floor_bytes, "") from error
+        reason = "" if error.floor_bytes else str(error)
+        least = error.floor_bytes or fitted.whole_peak_bytes
+        raise _too_little(model, fitted, least, reason) from error
     _take(model, fitted, ("",), program, fitted.whole_peak_bytes)
     fitted.peak_bytes = program.peak_bytes
 
@@ -217,7 +220,7 @@ class _Rest:
         self.say(f"tracing {type(self.model).__name__} around them")
         args, kwargs = tree_map_only(Tensor, _plain, self.example)
         try:
-            traced = trace(self.model, args, kwargs, blocks=leaves, backward=True)
+            traced = trace_block(self.model, args, kwargs, blocks=leaves, backward=True)
         except (TraceError, OtherCall, NotALeaf) as error:
             self.fitted.left[""] = str(error)
             return None

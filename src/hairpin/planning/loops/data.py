@@ -1,7 +1,7 @@
 """Loops as data: what a plan says about them, in a file and for people."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from hairpin.graph.autocast import autocast_now
@@ -10,6 +10,7 @@ from hairpin.planning.loops.choose import Choice
 from hairpin.planning.loops.program import Program
 from hairpin.planning.loops.regions import axis_span
 from hairpin.planning.loops.rewrite import Rewrite, rewrite_from
+from hairpin.planning.loops.training import TrainingProgram
 from hairpin.units import format_bytes, format_time
 
 
@@ -71,6 +72,11 @@ class BlockLoops:
         margin_bytes: how much the certificate found beyond the search's estimate.
         rewrites: what brings the graph into the order that the loops are of.
         autocast: setting of torch.autocast that it was planned under.
+        lengths: the open lengths of the graph in the example.
+        kept: for training, what is held between forward and backward, and during the backward
+            (:class:`~hairpin.planning.loops.training.Kept`).
+        loop_peaks: for training, of each loop the law of its peak: bytes at chunk size 0, and per
+            unit.
     """
 
     modules: tuple[str, ...]
@@ -86,6 +92,9 @@ class BlockLoops:
     loops: tuple[LoopRegion, ...]
     rewrites: tuple[Rewrite, ...] = ()
     autocast: str = ""
+    lengths: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    loop_peaks: tuple[tuple[float, float], ...] = ()
 
 
 def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int) -> BlockLoops:
@@ -101,9 +110,15 @@ def block_loops(program: Program, modules: Sequence[str], whole_peak_bytes: int)
         peak_bytes=program.peak_bytes,
         whole_peak_bytes=whole_peak_bytes,
         margin_bytes=program.margin_bytes,
-        loops=tuple(_loop(program.search.flow, choice) for choice in program.choices),
+        loops=tuple(
+            _loop(program.search.flow, replace(choice, chunk=chunk))
+            for choice, chunk in zip(program.choices, program.chunks, strict=True)
+        ),
         rewrites=program.search.rewrites,
         autocast=autocast_now(),
+        lengths=tuple(program.example.values()),
+        kept=astuple(program.kept) if isinstance(program, TrainingProgram) else (),
+        loop_peaks=program.loop_peaks if isinstance(program, TrainingProgram) else (),
     )
 
 
@@ -182,6 +197,9 @@ def loops_from(data: Sequence[Mapping[str, Any]]) -> tuple[BlockLoops, ...]:
                 **block,
                 "modules": tuple(block["modules"]),
                 "loops": tuple(_loop_from(loop) for loop in block["loops"]),
+                "lengths": tuple(block.get("lengths", ())),
+                "kept": tuple(block.get("kept", ())),
+                "loop_peaks": tuple((at, by) for at, by in block.get("loop_peaks", ())),
                 "rewrites": tuple(rewrite_from(each) for each in block.get("rewrites", ())),
             }
         )

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hairpin.errors import TraceError
-from hairpin.graph.export import Traced, filled, trace, trace_call
+from hairpin.graph.export import Traced, filled
 from hairpin.graph.leaf import NotALeaf, OtherCall
 from hairpin.graph.lengths import hints
 from hairpin.graph.memory import flow_of
 from hairpin.graph.sink import sink
 from hairpin.planning.example import Example
 from hairpin.planning.loops.blocks import Group, Overview, all_real, can_run_really, overview
+from hairpin.planning.loops.hookless import trace_block, trace_block_call
 
 Progress = Callable[[str], None]
 
@@ -155,7 +156,7 @@ class Graphs:
         try:
             group.require_autocast()
             block = self.model.get_submodule(path)
-            traced = trace(block, args, kwargs, backward=self.backward)
+            traced = trace_block(block, args, kwargs, backward=self.backward)
         except TraceError as error:
             self.left[path] = str(error)
             return
@@ -167,7 +168,7 @@ class Graphs:
         while True:
             try:
                 leaves = {p: g for p, g in self.traced.items() if p not in self.inlined}
-                return trace(self.model, args, kwargs, blocks=leaves, backward=self.backward)
+                return trace_block(self.model, args, kwargs, blocks=leaves, backward=self.backward)
             except NotALeaf as block:
                 group = next(group for group in self.seen.groups if block.path in group.paths)
                 self.inlined.update(group.paths)
@@ -208,7 +209,9 @@ class Graphs:
                 continue
             tensors = [filled(_hollow(value)) for value in sunk.calls[first]]
             block, old = self.model.get_submodule(first), self.traced[first]
-            traced = trace_call(block, calls[first], tensors, old.paths, backward=self.backward)
+            traced = trace_block_call(
+                block, calls[first], tensors, old.paths, backward=self.backward
+            )
             for each in paths:
                 self.traced[each], self.given[each] = traced, tensors
         self.around = sunk.around

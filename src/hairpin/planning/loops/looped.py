@@ -4,28 +4,35 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hairpin.errors import PlanError, TraceError
 from hairpin.graph.autocast import autocast_now
-from hairpin.graph.export import Traced, filled, trace
+from hairpin.graph.export import Traced, filled
 from hairpin.graph.leaf import Call
+from hairpin.graph.meter import measure
 from hairpin.planning.example import Example
 from hairpin.planning.loops.budget import fit
 from hairpin.planning.loops.budget_training import fit_training
 from hairpin.planning.loops.data import BlockLoops
 from hairpin.planning.loops.graphs import Graphs
+from hairpin.planning.loops.hookless import trace_block
 from hairpin.planning.loops.program import Program, make_program, restored
 from hairpin.planning.loops.search import Search
 from hairpin.planning.loops.stamp import stamp
-from hairpin.planning.loops.training import TrainingProgram, make_training_program
+from hairpin.planning.loops.training import Kept, TrainingProgram, make_training_program
 
 _LESS = 0.9  # of a budget, tried next where what was found keeps too much
 _log = logging.getLogger(__name__)
@@ -50,7 +57,7 @@ class LoopedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._require_unchanged(args, kwargs)
-        if not self.shared.is_long(args, kwargs):
+        if not self.shared.needs_loops(self, args, kwargs):
             return self.original(*args, **kwargs)
         program, flat = self.shared.program(self.block, self, args, kwargs)
         return program.run_flat(self.block, flat)
@@ -117,7 +124,6 @@ class Shared:
     Attributes:
         others: for what lies around blocks: theirs, by path; their graphs depend on each other.
 
-
     Args:
         drop: takes their plan out of the cache, should the loops be for another graph.
     """
@@ -135,6 +141,7 @@ class Shared:
         self.drop = drop
         self.programs: list[Program] = []
         self.compile_bodies = compile_bodies
+        self._whole_bytes: dict[tuple[str, ...], float] = {}
         if first is not None:
             self._add(first)
 
@@ -147,10 +154,26 @@ class Shared:
         """A copy of a model shares the programs: they hold no weights."""
         return self
 
-    def is_long(self, args: Any, kwargs: Any) -> bool:
-        """Whether the lengths that the graph leaves open are 2 or more; others need no loop."""
+    def __reduce__(self) -> Any:
+        raise PlanError(
+            f"a model with loops (here of {self.loops.block}) is not pickled; save its "
+            "state_dict(), or call hp.detach(model) first"
+        )
+
+    def needs_loops(self, looped: LoopedForward, args: Any, kwargs: Any) -> bool:
+        """Whether a call may not go without loops.
+
+        One with a length of 1 where the graph leaves it open, for which there is no graph yet, may
+        if it keeps to the budget as it is: that is cheaper to tell than to trace it.
+        """
         leaves = tree_leaves((args, kwargs))
-        return all(program.traced.is_long(leaves) for program in self.programs[:1])
+        if any(program.backward or program.traced.is_long(leaves) for program in self.programs[:1]):
+            return True
+        key = tuple(_words(leaf) for leaf in leaves)
+        if key not in self._whole_bytes and self.programs:
+            with _disable_current_modes():  # we may be on fake tensors, and counted, ourselves
+                self._whole_bytes[key] = _bytes_of(looped.original, args, kwargs)
+        return not self.programs or self._whole_bytes[key] > self.programs[0].budget_bytes
 
     def program(
         self, block: nn.Module, looped: LoopedForward, args: Any, kwargs: Any
@@ -173,17 +196,16 @@ class Shared:
     def _traced(
         self, block: nn.Module, looped: LoopedForward, call: Example, reason: str
     ) -> tuple[Program, list[Any]]:
-        if self.others:
-            made = self._traced_whole(block, call, reason)
-        else:
-            made = self._traced_alone(block, call, reason)
+        traced = self._traced_whole if self.others else self._traced_alone
+        with _with_parameters(block):
+            made = traced(block, call, reason)
         return made, made.traced.flat_inputs(block, looped.original, *call)
 
     def _traced_alone(self, block: nn.Module, call: Example, reason: str) -> Program:
         """The program of a block as it is called now."""
         with _bare(block):
             args, kwargs = tree_map_only(FakeTensor, filled, call)
-            traced = trace(block, args, kwargs, backward=self.loops.backward)
+            traced = trace_block(block, args, kwargs, backward=self.loops.backward)
         if not self.programs:
             made = self._restored(traced)
         else:
@@ -238,6 +260,21 @@ class Shared:
         return programs[""]
 
 
+def _words(leaf: Any) -> str:
+    """The same for arguments with which a block holds the same."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return f"{leaf.dtype} {tuple(leaf.shape)} {leaf.stride()}"
+
+
+def _bytes_of(forward: Callable[..., Any], args: Any, kwargs: Any) -> float:
+    """What a forward holds, from a run on fake tensors; infinite where that cannot be told."""
+    try:
+        return measure(forward, args, kwargs).peak_bytes
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return inf
+
+
 def _within(first: Program, search: Search, flat: Sequence[Any]) -> Program:
     """A program for another call of a block, under the same budget."""
     return make_program(search, first.budget_bytes, flat, first.speeds)
@@ -272,6 +309,30 @@ def _keeps(program: TrainingProgram) -> int:
 
 
 @contextmanager
+def _with_parameters(model: nn.Module) -> Iterator[None]:
+    """While the block lasts, parameters where shapes alone stand for them, as in an estimate."""
+    swapped: list[tuple[dict[str, Any], str, FakeTensor]] = [
+        (held, name, tensor)
+        for part in model.modules()
+        for held in (vars(part)["_parameters"], vars(part)["_buffers"])
+        for name, tensor in held.items()
+        if isinstance(tensor, FakeTensor)
+    ]
+    owned = {id(tensor) for part in model.modules() for tensor in part._parameters.values()}
+    solid = {id(tensor): filled(tensor) for _, _, tensor in swapped}  # one for all that share it
+    for key, flag in {id(tensor): tensor.requires_grad for _, _, tensor in swapped}.items():
+        if key in owned:
+            solid[key] = nn.Parameter(solid[key], flag)
+    for held, name, tensor in swapped:
+        held[name] = solid[id(tensor)]
+    try:
+        yield
+    finally:
+        for held, name, tensor in swapped:
+            held[name] = tensor
+
+
+@contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
     """The model without loops while the block lasts."""
     looped = {
@@ -297,7 +358,15 @@ def program_of(traced: Traced, loops: BlockLoops) -> Program:
             f"this plan's loops are for another {loops.block} than this one: its operations are "
             "others (another version of the model's code, of torch, or other settings); plan again"
         )
-    return restored(traced, loops)
+    if not loops.backward:
+        return restored(traced, loops)
+    if len(loops.kept) != len(fields(Kept)) or len(loops.loop_peaks) != len(loops.loops):
+        raise PlanError(
+            f"this plan does not say what the loops of {loops.block} keep for a backward, so they "
+            "cannot be fitted to other lengths; make it again with hp.plan"
+        )
+    kept, peaks = Kept(*loops.kept), loops.loop_peaks
+    return restored(traced, loops, TrainingProgram, kept=kept, loop_peaks=peaks)
 
 
 def attach_loops(

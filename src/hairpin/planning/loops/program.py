@@ -55,6 +55,7 @@ class Program:
             taken to grow as the block's inputs do.
         stamps: path of each block of this kind -> its settings when it was planned.
         speeds: of the machine, which the choice of loops and chunks weighed.
+        planned: the lengths of the example, where the graph was traced again at others.
     """
 
     search: Search
@@ -69,6 +70,7 @@ class Program:
     entry_bytes: int = 0
     stamps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)
+    planned: Mapping[Any, int] = field(default_factory=dict)
     _others: dict[tuple[int, ...], "Program"] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> "Program":
@@ -79,6 +81,11 @@ class Program:
     def traced(self) -> Traced:
         """The graph."""
         return self.search.traced
+
+    @property
+    def example(self) -> Mapping[Any, int]:
+        """The open lengths that the chunks are for."""
+        return self.planned or self.traced.example
 
     def run(self, block: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """The block's own result, computed in parts."""
@@ -161,13 +168,13 @@ class Program:
         return replace(made, backward=self.backward, entry_bytes=self.entry_bytes)
 
     def _is_example(self, lengths: Mapping[Any, int]) -> bool:
-        return all(size == lengths[symbol] for symbol, size in self.traced.example.items())
+        return all(size == lengths[symbol] for symbol, size in self.example.items())
 
     def room(self, lengths: Mapping[Any, int]) -> int:
         """Bytes that a call may hold at these lengths."""
         if not self.entry_bytes:
             return self.budget_bytes
-        here, then = (sum(self._input_bytes(n)) for n in (lengths, self.traced.example))
+        here, then = (sum(self._input_bytes(n)) for n in (lengths, self.example))
         memory = self.budget_bytes + self.entry_bytes
         return memory - -(-self.entry_bytes * here // max(then, 1))
 
@@ -337,17 +344,18 @@ def _readable(module: fx.GraphModule) -> str:
     return "\n".join(line.replace("torch.ops.aten.", "aten.") for line in lines if line) + "\n"
 
 
-def restored(traced: Traced, loops: Any) -> Program:
+def restored(traced: Traced, loops: Any, kind: type[Program] = Program, **laws: Any) -> Program:
     """The program that a plan's description of loops stands for: no search, no certificate.
 
     Args:
         loops: a :class:`~hairpin.planning.loops.data.BlockLoops` for exactly this graph.
+        kind: of program; ``laws`` is what it has beyond a plain one.
     """
     traced = rewritten(traced, loops.rewrites)
     flow = flow_of(traced.graph)
     choices = [_chosen_before(flow, loop) for loop in loops.loops]
     emitted = emit(flow, [region_of(choice) for choice in choices], reuse=not loops.backward)
-    return Program(
+    return kind(
         Search(traced, flow, [], [], lambda order: flow_of(order.graph), loops.rewrites),
         tuple(choices),
         emitted,
@@ -357,6 +365,8 @@ def restored(traced: Traced, loops: Any) -> Program:
         loops.peak_bytes,
         backward=loops.backward,
         entry_bytes=loops.entry_bytes,
+        planned=dict(zip(traced.example, loops.lengths, strict=False)),
+        **laws,
     )
 
 

@@ -6,26 +6,42 @@ from typing import Any
 
 from torch import nn
 
+from hairpin.planning.loops.hookless import HOOKS
+from hairpin.planning.loops.settings import setting
+
 
 def stamp(block: nn.Module) -> tuple[Any, ...]:
     """What must not change in a block after it was planned: settings, modes, hooks inside it.
 
-    A layer may be replaced by one of the same class, settings, shapes and dtypes.
+    A layer may be replaced by one of the same class, settings, shapes and dtypes. What shares a
+    parameter must go on sharing it: the graph has it once.
     """
-    return tuple(_part_stamp(part, inner=part is not block) for part in block.modules())
+    parts = tuple(_part_stamp(part, inner=part is not block) for part in block.modules())
+    return parts, _shared(block)
+
+
+def _shared(block: nn.Module) -> tuple[int, ...]:
+    """Of each parameter and buffer: where the same one comes first."""
+    first: dict[int, int] = {}
+    tensors = (
+        tensor
+        for part in block.modules()
+        for held in (part._parameters, part._buffers)
+        for _, tensor in sorted(held.items())
+        if tensor is not None
+    )
+    return tuple(first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors))
 
 
 def _part_stamp(part: nn.Module, *, inner: bool) -> tuple[Any, ...]:
     own = vars(part)
     skipped = () if not inner or _has_modes(part) else ("training",)
     settings = tuple(
-        (name, value)
+        (name, setting(value))
         for name, value in sorted(own.items())
-        if isinstance(value, (bool, int, float, str))
-        and not name.startswith("_")
-        and name not in skipped
+        if not name.startswith("_") and name != "forward" and name not in skipped
     )
-    hooks = (*part._forward_hooks, *part._forward_pre_hooks) if inner else ()
+    hooks = tuple(key for name in HOOKS for key in own[name]) if inner else ()
     shapes = tuple(
         (name, t.shape, t.dtype)
         for tensors in (part._parameters, part._buffers)

@@ -83,12 +83,13 @@ class TrainingProgram(Program):
         What is kept is taken to grow as the bytes of all steps do, a turn as the bytes it makes.
         """
         flow = self.search.flow.at(lengths)
-        growth = _all_bytes(flow) / max(_all_bytes(self.search.flow), 1)
+        then = self.search.flow.at(self.example)
+        growth = _all_bytes(flow) / max(_all_bytes(then), 1)
         room = self.room(lengths) - margin_bytes
         found = []
-        laws = zip(self.choices, self._sized(flow, lengths), self.loop_peaks, strict=True)
-        for choice, now, (base, slope) in laws:
-            unit = slope * now.turn_bytes / max(choice.candidate.turn_bytes, 1.0)
+        regions = (self._sized(then, self.example), self._sized(flow, lengths))
+        for before, now, (base, slope) in zip(*regions, self.loop_peaks, strict=True):
+            unit = slope * now.turn_bytes / max(before.turn_bytes, 1.0)
             chunk = int((room - base * growth) / unit) if unit else now.units
             if chunk < 1 or base * growth > room:
                 return None
@@ -764,10 +765,15 @@ class _Fit:
 
     def _out_of_reach(self) -> MemoryBudgetError:
         least = self.least_bytes if self.least_bytes < 1 << 62 else 0
-        error = MemoryBudgetError(
-            f"{self.search.traced.name} cannot be trained in {format_bytes(self.budget_bytes)}: "
+        reason = (
             f"the least that loops brought a forward and a backward to is {format_bytes(least)}, "
             "gradients of parameters included"
+            if least
+            else "no loops were found that might come under it"
+        )
+        error = MemoryBudgetError(
+            f"{self.search.traced.name} cannot be trained in {format_bytes(self.budget_bytes)}: "
+            + reason
         )
         error.floor_bytes = least
         return error
