@@ -44,6 +44,7 @@ def check_case(case: dict) -> None:
     assert {row["peer"] for row in case["peers"]} | set(case["absent"]) == set(PEERS)
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_on_two_tiers():
     settings = bench.Settings(

@@ -51,6 +51,7 @@ def program(*words: object, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_says_how_near_it_came(folder, proteins):
     process = program("--steps", 100_000, "--checkpoint-every", 2, "--out", "out", cwd=folder)
     end = time.monotonic() + 90

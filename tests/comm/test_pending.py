@@ -73,7 +73,7 @@ def dropped(side: int, *, of_torch: bool) -> None:
         assert torch.equal(hp.switch(x, src, dst, mesh), want), turn
 
 
-@pytest.mark.parametrize("side", [16, 700])
+@pytest.mark.parametrize("side", [16, pytest.param(700, marks=pytest.mark.slow)])
 def test_one_that_nobody_awaits_disturbs_no_other(side):
     launch(dropped, 2, side, of_torch=False, timeout_s=60)
 

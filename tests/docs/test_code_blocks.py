@@ -127,6 +127,7 @@ def parse(words: list[str]) -> None:
         command.make_context(path, words)
 
 
+@pytest.mark.slow
 def test_the_losses_of_the_quickstart_do_not_depend_on_the_ranks(folder):
     """`python train.py` and `torchrun ... train.py` print the same losses, as the page says."""
     environment = {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}

@@ -460,7 +460,7 @@ def test_a_length_of_one_keeps_to_the_budget_in_training(training_plan):
     assert hp.estimate(model, x, backward=True) <= training_plan.memory_bytes
 
 
-@pytest.mark.parametrize("length", [48, 60, 384])
+@pytest.mark.parametrize("length", [48, pytest.param(60, marks=pytest.mark.slow), 384])
 def test_a_training_plan_from_a_file_acts_as_the_fresh_one(training_plan, length):
     x, outcomes = torch.randn(2, length, 8, dtype=WIDE), []
     for plan in (training_plan, type(training_plan).from_toml(training_plan.to_toml())):

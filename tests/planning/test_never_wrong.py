@@ -42,7 +42,9 @@ def between(name: str, b: int = 2, s: int = 4) -> Case:
 BETWEEN = tuple(between(name) for name in ALONG_T)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_code_between_stages(ranks):
     plans = check(BETWEEN, ranks)
     for case, plan in zip(BETWEEN, plans, strict=True):
@@ -114,7 +116,7 @@ def _outcome(model, truth, *arguments) -> str:
     return "right" if same else f"wrong, of shape {tuple(got.shape)}"
 
 
-@pytest.mark.parametrize("more", [(), (5, 7)])
+@pytest.mark.parametrize("more", [(), pytest.param((5, 7), marks=pytest.mark.slow)])
 def test_other_lengths_than_planned_are_right_or_refused(more):
     for outcomes in launch(_run_lengths, 4, more, timeout_s=60):
         assert not [o for o in outcomes.values() if o.startswith("wrong")], outcomes

@@ -199,6 +199,7 @@ def test_a_loop_never_writes_into_what_it_reads_whole() -> None:
         assert all(out.into is None for out in module.get_submodule("loop_1").outs)
 
 
+@pytest.mark.slow
 def test_blocks_with_different_masks_keep_them() -> None:
     class Mixed(Language):
         def forward(self, tokens: Tensor) -> Tensor:
