@@ -135,7 +135,7 @@ def test_rings_and_channels_hold_a_part():
     alone = rehearse_block(block, Manner(), replace(lengths, degree=1)).peak_bytes
     for product in ("ring", "channels"):
         run = rehearse_block(block, Manner(product, "ring"), lengths)
-        assert run.peak_bytes <= 1.15 * alone / 4
+        assert run.peak_bytes <= 1.08 * alone / 4  # 1.13 with biases and old pairs kept to the end
     run = rehearse_block(block, Manner(), lengths)
     assert run.peak_bytes > 1.15 * alone / 4
 

@@ -5,7 +5,6 @@ forward takes and gives those. Masks stay whole, and every length is read off th
 run again later, as activation checkpointing makes it.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hairpin.comm.agree import require_agreement
 from hairpin.comm.eager import eager
 from hairpin.comm.mesh import Mesh
 from hairpin.errors import DisagreementError, PlanError
+from hairpin.planning.axial.described import described, random_digest
 from hairpin.planning.axial.grid import Grid
 from hairpin.planning.axial.msa import arrives_along, evoformer_block
 from hairpin.planning.axial.pair import pair_stack
@@ -33,9 +33,6 @@ from hairpin.planning.axial.stacks import (
 from hairpin.planning.axial.way import Line, Way
 from hairpin.planning.hooks import drop_hooks
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
-_ODD = -7046029254386353131, -4658895280553007687  # of 64 bits, as mixing functions take them
-_PARTS, _LEAST = 64, 1 << 10  # of a tensor's words
 _EXTRA = ("extra_msa", "extra_has_deletion", "extra_deletion_value")  # features of an extra MSA
 
 
@@ -72,7 +69,7 @@ class BeforeModel:
         if alone or split.mesh.is_rehearsal:
             return
         words = [
-            f"{''.join(map(str, path)) or 'input'}: {_described(leaf)}"
+            f"{''.join(map(str, path)) or 'input'}: {described(leaf)}"
             for path, leaf in tree_flatten_with_path((args, kwargs))[0]
             if isinstance(leaf, (Tensor, torch.Generator, bool, int, float, str))
         ]
@@ -80,7 +77,7 @@ class BeforeModel:
         grad = "grad" if torch.is_grad_enabled() else "no grad"
         statement = f"{'; '.join(words)}; {mode}, {grad}; {split.plan}"
         if module.training or any(getattr(part, "draws", False) for part in module.modules()):
-            statement += f"; CPU random state {_random_digest(torch.get_rng_state())}"
+            statement += f"; CPU random state {random_digest(torch.get_rng_state())}"
         _agree(statement, split)
 
 
@@ -94,39 +91,6 @@ def _agree(statement: str, split: AxialSplit) -> None:
             statement, failure = f"{statement}; {error}", failure or error
     if failure is not None:
         raise failure
-
-
-def _described(leaf: Any) -> str:
-    """A number, or a tensor's shape, dtype and the sum of its bits."""
-    if isinstance(leaf, torch.Generator):
-        return f"generator {_random_digest(leaf.get_state())}"
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    return f"{tuple(leaf.shape)} {leaf.dtype}, digest {_digest(leaf):016x}"
-
-
-def _random_digest(state: Tensor) -> str:
-    return hashlib.blake2b(state.numpy().tobytes(), digest_size=4).hexdigest()
-
-
-def _digest(x: Tensor) -> int:
-    """A number that a change of any bit changes, or of the order; made where ``x`` is."""
-    x = torch.view_as_real(x) if x.is_complex() else x
-    words = x.detach().contiguous().view(-1).view(_WORDS[x.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    begun = 0
-    for some in words.split(max(len(words) // _PARTS, _LEAST)):  # little memory meanwhile
-        place = torch.arange(begun, begun + len(some), dtype=torch.int64, device=x.device)
-        total += (_mixed(place + 1) * _mixed(some.to(torch.int64))).sum()
-        begun += len(some)
-    return int(total) & (1 << 64) - 1
-
-
-def _mixed(words: Tensor) -> Tensor:
-    """Words of 64 bits, each of whose bits is spread over the result."""
-    words = ((words >> 32) ^ words) * _ODD[0]
-    words = ((words >> 29) ^ words) * _ODD[1]
-    return (words >> 32) ^ words
 
 
 @dataclass(eq=False)

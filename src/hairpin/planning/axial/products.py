@@ -67,7 +67,7 @@ class _Outgoing(torch.autograd.Function):
             of_a.baddbmm_(grad[:, :, rows], part)
             return grad[:, :, rows].mT @ a
 
-        of_b = ring.back(parts, term, like=a)
+        of_b = ring.returned_of(parts, term, like=a)
         return of_a.permute(1, 2, 0), of_b.permute(1, 2, 0), None
 
 

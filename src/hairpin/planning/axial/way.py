@@ -215,9 +215,9 @@ class Ring:
 
     def returned(self, x: Tensor, term: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """The sum of all ranks' terms of this rank's part."""
-        return self.back(self.passing(x), term, like=x)
+        return self.returned_of(self.passing(x), term, like=x)
 
-    def back(
+    def returned_of(
         self,
         parts: Iterator[tuple[slice, Tensor]],
         term: Callable[[slice, Tensor], Tensor],

@@ -5,8 +5,7 @@ methods, its forward is watched while it trains.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import unwrap
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from hairpin.errors import SequenceError
 from hairpin.kernels.random import uniform
 from hairpin.planning.sequence.plan import SequencePlan
+from hairpin.planning.sequence.watching import Watching
 
 
 def draw_seed() -> int:
@@ -126,15 +125,8 @@ class _Dropping:
             self.module.__dict__[_RECOMPUTE] = recompute
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.plan
-        modes = (m for m in _get_current_function_mode_stack() if isinstance(m, _Drops))
-        drops = next((mode for mode in modes if mode.plan is plan), None)
-        with _Drops(plan) if drops is None else nullcontext(drops) as drops:
-            drops.running.append((self.path, _recomputing()))
-            try:
-                return function(*args, **kwargs)
-            finally:
-                drops.running.pop()
+        with _Drops(self.plan, self.path):
+            return function(*args, **kwargs)
 
 
 _RECOMPUTE = "_gradient_checkpointing_func"  # of a layer of transformers, which its forward calls
@@ -157,34 +149,25 @@ def _recomputing() -> tuple[bool, object]:
     return torch.is_grad_enabled(), hooks
 
 
-class _Drops(TorchFunctionMode):
-    """Sees the calls of ``F.dropout``."""
+class _Drops(Watching):
+    """Sees the calls of ``F.dropout`` in a module's forward."""
 
-    def __init__(self, plan: SequencePlan) -> None:
+    function = F.dropout
+    names = ("input", "p", "training", "inplace")
+
+    def __init__(self, plan: SequencePlan, path: str) -> None:
         super().__init__()
-        self.plan = plan
-        self.running: list[tuple[str, object]] = []
+        self.plan, self.path, self.outside = plan, path, _recomputing()
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.dropout:
-            return func(*args, **kwargs)
-        names = ("input", "p", "training", "inplace")  # in torch's order
-        call = {"p": 0.5, "training": True} | dict(zip(names, args, strict=False)) | kwargs
-        if not call["training"] or call["p"] == 0.0:
-            return func(*args, **kwargs)
-        x, (path, outside) = call["input"], self.running[-1]
-        if outside != _recomputing():
+    def instead(self, call: dict[str, Any], usual: Callable[[], Any]) -> Any:
+        x, p = call["input"], call.get("p", 0.5)
+        if not call.get("training", True) or p == 0.0:
+            return usual()
+        if self.outside != _recomputing():
             raise SequenceError(
-                f"module '{path}' calls F.dropout in a part of its forward that is recomputed, "
-                "where dropout is not drawn by position; recompute whole modules, or set its "
-                "dropout to 0"
+                f"module '{self.path}' calls F.dropout in a part of its forward that is "
+                "recomputed, where dropout is not drawn by position; recompute whole modules, or "
+                "set its dropout to 0"
             )
-        dropped = _dropout(x, call["p"], self.plan, path)
+        dropped = _dropout(x, p, self.plan, self.path)
         return x.copy_(dropped) if call.get("inplace") else dropped

@@ -7,7 +7,7 @@ is registered beside the library's own, all others by watching for
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hairpin.comm.agree import all_statements
 from hairpin.comm.eager import eager
@@ -40,6 +39,7 @@ from hairpin.planning.sequence.mixing import (
 )
 from hairpin.planning.sequence.patterns import unknown_pattern
 from hairpin.planning.sequence.plan import SequencePlan
+from hairpin.planning.sequence.watching import Watching
 
 _MARK = "_hairpin_route"
 _NAME = "hairpin"  # of the attention implementation in transformers
@@ -476,26 +476,16 @@ class _Watched:
         return result
 
 
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # in torch's order
+class _Watch(Watching):
+    function = F.scaled_dot_product_attention
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-
-class _Watch(TorchFunctionMode):
     def __init__(self, path: str, attachment: Attached, beside: str | None) -> None:
         super().__init__()
         self.path, self.attachment, self.beside, self.calls = path, attachment, beside, 0
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+    def instead(self, call: dict[str, Any], usual: Callable[[], Any]) -> Any:
         self.calls += 1
-        call = dict(zip(_SDPA, args, strict=False)) | kwargs
         hides = call.get("attn_mask")
         if hides is not None:
             raise SequenceError(
@@ -503,7 +493,7 @@ class _Watch(TorchFunctionMode):
                 "of this rank's part alone; masks follow from the plan"
             )
         mask = replace(self.attachment.plan.mask, causal=bool(call.get("is_causal", False)))
-        q, k, v = (call[name] for name in _SDPA[:3])
+        q, k, v = (call[name] for name in self.names[:3])
         dropout, scale = call.get("dropout_p", 0.0), call.get("scale")
         if self.beside is None or q.shape[2] == self.attachment.held:
             return self.attachment.attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
